@@ -1,0 +1,32 @@
+# Two commands for users (demo, test); the rest for developers. Everything lives in .venv.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format docs clean
+
+demo: $(READY)
+	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
+	  --prompt "Why do people like to drink tea? Answer in one short paragraph."
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/pip install --quiet '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+$(READY): pyproject.toml Makefile scripts/setup.sh
+	sh scripts/setup.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) site dist

@@ -1,0 +1,22 @@
+"""TurboQuant KV-cache compression for MLX: 2-8 bits an element, in pages."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TurboQuantConfig": ".config",
+    "TurboQuantKVCache": ".integrations.mlx_lm",
+    "load_prompt_cache": ".integrations.mlx_lm",
+    "make_prompt_cache": ".integrations.mlx_lm",
+    "save_prompt_cache": ".integrations.mlx_lm",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    # Imported at first use: mlx_lm brings transformers, which takes seconds.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,40 @@
+"""The command ``vllm-metal-tq``, a module for each subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import __version__, openblas
+from . import eval as eval_command
+from . import generate as generate_command
+
+_COMMANDS = {"generate": generate_command, "eval": eval_command}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input, 130 for an interrupt."""
+    args = _parser().parse_args(argv)
+    # Before the first import of mlx, which the commands do in run().
+    if complaint := openblas.preload():
+        print(complaint, file=sys.stderr)
+    try:
+        _COMMANDS[args.command].run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-metal-tq", description="TurboQuant KV-cache compression for MLX"
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in _COMMANDS.items():
+        summary = (module.__doc__ or "").split("\n")[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    return parser

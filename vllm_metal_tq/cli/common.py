@@ -1,0 +1,99 @@
+"""What several subcommands share: flags, model loading, progress, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..config import DEFAULT_PRESET, PRESETS, QUANT_NAMES, TurboQuantConfig
+
+DEMO_MODEL = "demo"
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"a local folder, a Hugging Face id, or {DEMO_MODEL!r} (SmolLM2-135M-Instruct)",
+    )
+
+
+def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--preset``, ``--k-quant`` and ``--v-quant``, checked by ``scheme``."""
+    names = ", ".join(QUANT_NAMES)
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
+    parser.add_argument("--k-quant", help=f"width of keys, in place of the preset's: {names}")
+    parser.add_argument("--v-quant", help="width of values, likewise")
+
+
+def scheme(args: argparse.Namespace) -> TurboQuantConfig:
+    """The config that the scheme arguments name."""
+    return TurboQuantConfig.from_names(args.preset, args.k_quant, args.v_quant)
+
+
+def scheme_fields(config: TurboQuantConfig) -> dict:
+    """The config as ``--json`` states it."""
+    return {"preset": config.preset, "k_quant": config.k_quant, "v_quant": config.v_quant}
+
+
+def load_model(name: str):
+    """Load ``(model, tokenizer)`` by the name given as ``--model``.
+
+    Raises:
+        ValueError: it cannot be had; the message says why.
+    """
+    if name == DEMO_MODEL:
+        from .. import demo_model
+
+        return demo_model.load()
+    import mlx_lm
+
+    try:
+        return mlx_lm.load(name)[:2]
+    except Exception as error:  # hub, network and format errors share no base class
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator:
+    """Show progress on standard error; yields a function of (done, total)."""
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns.append(TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_json(fields: dict) -> None:
+    """Print one JSON object to standard output."""
+    print(json.dumps(fields))
+
+
+def print_table(rows: dict[str, str]) -> None:
+    """Print names and figures, a row each, to standard output."""
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, figure in rows.items():
+        table.add_row(name, figure)
+    Console().print(table)
+
+
+def size(num_bytes: int) -> str:
+    """``num_bytes`` for people, in units of 1024."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

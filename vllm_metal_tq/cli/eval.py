@@ -1,0 +1,68 @@
+"""Measure perplexity, KL divergence and top-1 agreement against the uncompressed cache."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+from . import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``eval``."""
+    common.add_model_argument(parser)
+    common.add_scheme_arguments(parser)
+    parser.add_argument("--text", help="a text file (default: a chapter of Alice in Wonderland)")
+    parser.add_argument("--tokens", type=int, default=1024, help="positions to score, at most")
+    parser.add_argument(
+        "--window", type=int, default=1024, help="tokens of a window; its second half is scored"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print the figures."""
+    config = common.scheme(args)
+    text = _text(args.text)
+    from ..evaluate import evaluate
+
+    model, tokenizer = common.load_model(args.model)
+    with common.progress_bar("eval") as advance:
+        quality = evaluate(
+            model,
+            tokenizer.encode(text),
+            config,
+            window=args.window,
+            tokens=args.tokens,
+            progress=advance,
+        )
+    if args.json:
+        fields = asdict(quality) | {"dppl_percent": quality.dppl_percent}
+        common.print_json(fields | common.scheme_fields(config))
+        return
+    common.print_table(
+        {
+            "scheme": config.label,
+            "bits/element": f"{quality.bits_per_element:.2f}",
+            "perplexity": f"{quality.ppl:.3f}",
+            "uncompressed": f"{quality.ppl_reference:.3f}",
+            "change": f"{quality.dppl_percent:+.2f} %",
+            "KL mean": f"{quality.kl_mean:.4f}",
+            "KL p99": f"{quality.kl_p99:.4f}",
+            "top-1": f"{100 * quality.top1:.1f} %",
+            "tokens": str(quality.tokens),
+        }
+    )
+
+
+def _text(name: str | None) -> str:
+    source = Path(name) if name else files("vllm_metal_tq") / "data" / "alice.txt"
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {str(source)!r} is not UTF-8: {error}") from error
+    if not text.strip():
+        raise ValueError(f"text {str(source)!r} is empty")
+    return text

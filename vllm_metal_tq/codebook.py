@@ -1,0 +1,87 @@
+"""Codebooks: from a number to the nearest code, and from a code to its level.
+
+Keys take uniform levels, values levels close to Lloyd-Max's for a normal distribution. Both
+are formulas, so that a GPU kernel needs no table, and both are stated here alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+_GAUSSIAN_COEFFICIENTS = {
+    2: (1.78577, 0.40554, 0.0),
+    3: (1.88582, 0.74143, 0.0),
+    4: (1.92406, 1.07394, 0.0),
+    5: (2.03734, 0.91050, 0.78659),
+    6: (2.06941, 0.94217, 1.04815),
+    8: (2.11686, 0.94955, 1.53982),
+}
+"""Bits -> (a, b, c) of w*(a + b*w^2 + c*w^16), fitted by benchmarks/fit_codebook.py."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Mid-rise uniform levels -(n-1)/2 ... (n-1)/2 in steps of 1, n = 2^bits."""
+
+    bits: int
+
+    def codes(self, x: mx.array) -> mx.array:
+        """Nearest codes of ``x`` (any shape, float32) as uint8; the ends clip."""
+        half = 2 ** (self.bits - 1)
+        return mx.clip(mx.floor(x) + half, 0, 2 * half - 1).astype(mx.uint8)
+
+    def levels(self, codes: mx.array) -> mx.array:
+        """Levels of uint8 ``codes``, float32, same shape."""
+        return codes.astype(mx.float32) - (2**self.bits - 1) / 2
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Levels x(w) = w*(a + b*w^2 + c*w^16) at w = (2*code + 1 - n)/n, n = 2^bits.
+
+    A closed form of Lloyd-Max's quantiser for N(0, 1) (Lloyd 1982, Max 1960). Its mean square
+    error is above the optimum's by 0 % at 2 bits, 0.2 % at 3, 2.0 % at 4, 0.3 % at 5 and 6, and
+    1.4 % at 8. Up to 4 bits c is 0, which saves a kernel four multiplications.
+    """
+
+    bits: int
+
+    def codes(self, x: mx.array) -> mx.array:
+        """Nearest codes of ``x`` (any shape, float32) as uint8."""
+        size, half = mx.abs(x), 2 ** (self.bits - 1)
+        outwards = mx.zeros(x.shape, mx.uint8)
+        for boundary in self._positive_boundaries:
+            outwards = outwards + (size > boundary)
+        return mx.where(x > 0, half + outwards, half - 1 - outwards)
+
+    def levels(self, codes: mx.array) -> mx.array:
+        """Levels of uint8 ``codes``, float32, same shape."""
+        n = 2**self.bits
+        return self._level((2 * codes.astype(mx.float32) + (1 - n)) * (1 / n))
+
+    def _level(self, w):
+        a, b, c = _GAUSSIAN_COEFFICIENTS[self.bits]
+        square = w * w
+        return w * (a + b * square + c * square**8) if c else w * (a + b * square)
+
+    @cached_property
+    def _positive_boundaries(self) -> list[float]:
+        n = 2**self.bits
+        levels = self._level(np.arange(1, n, 2) / n)
+        return ((levels[1:] + levels[:-1]) / 2).tolist()
+
+
+@lru_cache
+def key_codebook(bits: int) -> Uniform:
+    """The codebook of keys with ``bits`` bits an element."""
+    return Uniform(bits)
+
+
+@lru_cache
+def value_codebook(bits: int) -> Gaussian:
+    """The codebook of values with ``bits`` bits an element."""
+    return Gaussian(bits)

@@ -1,0 +1,166 @@
+"""Encode keys and values into packed rows and back, in plain MLX ops: the oracle of every kernel.
+
+Both codecs rotate a head vector, try a few scales, keep the codes whose levels point most nearly
+in the vector's direction, and store one fp16 scale. They differ in the codebook and in the scale:
+a key's is the least-squares one; a value's keeps the vector's norm, because least squares shrinks
+every value by the same factor and attention would sum those errors coherently.
+
+A zero vector, or one whose scale is below fp16's smallest number, decodes to zeros.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .codebook import Gaussian, Uniform, key_codebook, value_codebook
+from .layout import PLANE_BITS, PageLayout
+from .rotation import rotate
+
+# Scales tried per vector. For keys, the outermost cell as a fraction of the largest element:
+# as good as multiples of the RMS up to 4 bits, and 10-30 % less error from 5. For values,
+# multiples of the RMS for which the codebook is made. Figures: docs/codec.md.
+KEY_CLIPS = (0.55, 0.62, 0.70, 0.78, 0.86, 0.93, 1.0)
+VALUE_STRETCHES = (0.80, 0.88, 0.94, 1.0, 1.06, 1.12, 1.20)
+
+
+def encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
+    """Compress the keys and values of some tokens.
+
+    Args:
+        keys: ``(..., head_dim)``, any float dtype, after RoPE.
+        values: the same shape.
+        layout: the page layout; its row is what comes back.
+
+    Returns:
+        uint8 ``(..., row_bytes)``, evaluated.
+
+    Raises:
+        ValueError: the shapes differ from each other or from the layout, or an element is NaN,
+            infinite, or too large for an fp16 scale.
+    """
+    if keys.shape != values.shape or keys.shape[-1] != layout.head_dim:
+        raise ValueError(
+            f"keys {keys.shape} and values {values.shape} must have one shape, "
+            f"ending in head_dim {layout.head_dim}"
+        )
+    k_codes, k_scale = encode_keys(rotate(keys), layout.config.k_bits)
+    v_codes, v_scale = encode_values(rotate(values), layout.config.v_bits)
+    scales = mx.stack([k_scale, v_scale], axis=-1)
+    rows = mx.concatenate(
+        [
+            *_pack(k_codes, layout.config.k_bits),
+            *_pack(v_codes, layout.config.v_bits),
+            scales.view(mx.uint8),
+        ],
+        axis=-1,
+    )
+    finite = mx.isfinite(scales).all()
+    mx.eval(rows, finite)
+    if not finite.item():
+        raise ValueError(f"cannot encode: {_what_is_wrong(keys, values)}")
+    return rows
+
+
+def decode(rows: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
+    """Decompress rows.
+
+    Args:
+        rows: uint8 ``(..., row_bytes)``.
+        layout: the layout that they were encoded with.
+
+    Returns:
+        Keys and values, float32 ``(..., dim)`` each, still rotated.
+    """
+    *planes, scales = mx.split(rows, _ends(layout), axis=-1)
+    scales = scales.view(mx.float16).astype(mx.float32)
+    k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
+    k_planes, v_planes = planes[: len(PLANE_BITS[k_bits])], planes[len(PLANE_BITS[k_bits]) :]
+    keys = key_codebook(k_bits).levels(_unpack(k_planes, k_bits)) * scales[..., :1]
+    values = value_codebook(v_bits).levels(_unpack(v_planes, v_bits)) * scales[..., 1:]
+    return keys, values
+
+
+def encode_keys(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Quantise rotated keys.
+
+    Args:
+        y: float32 ``(..., dim)``.
+        bits: code width.
+
+    Returns:
+        uint8 codes ``(..., dim)`` and fp16 least-squares scales ``(...)``.
+    """
+    half = 2 ** (bits - 1)
+    peak = mx.abs(y).max(axis=-1, keepdims=True)
+    codes, z = _nearest(y, [peak * (clip / half) for clip in KEY_CLIPS], key_codebook(bits))
+    return codes, ((y * z).sum(axis=-1) / (z * z).sum(axis=-1)).astype(mx.float16)
+
+
+def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Quantise rotated values.
+
+    Args:
+        y: float32 ``(..., dim)``.
+        bits: code width.
+
+    Returns:
+        uint8 codes ``(..., dim)`` and fp16 norm-preserving scales ``(...)``.
+    """
+    rms = mx.sqrt(mx.mean(y * y, axis=-1, keepdims=True))
+    codes, z = _nearest(y, [rms * m for m in VALUE_STRETCHES], value_codebook(bits))
+    return codes, (mx.linalg.norm(y, axis=-1) / mx.linalg.norm(z, axis=-1)).astype(mx.float16)
+
+
+def _nearest(y, steps: list[mx.array], codebook: Uniform | Gaussian) -> tuple[mx.array, mx.array]:
+    """Codes of y at the best step, and their levels z.
+
+    Codes leave an error of |y|^2 (1 - cos^2) under their best scale, where cos is the cosine of
+    y and z: the step with the largest cosine wins.
+    """
+    steps = mx.stack(steps)
+    steps = mx.where(steps == 0, 1, steps)  # zero vectors
+    z = codebook.levels(codebook.codes(y / steps))
+    cosine = (y * z).sum(axis=-1, keepdims=True) * mx.rsqrt((z * z).sum(axis=-1, keepdims=True))
+    best = mx.argmax(cosine, axis=0, keepdims=True)
+    codes = codebook.codes(y / mx.take_along_axis(steps, best, axis=0)[0])
+    return codes, codebook.levels(codes)
+
+
+def _pack(codes: mx.array, bits: int) -> list[mx.array]:
+    """Split codes into planes and pack each: element d at bit (d mod 8/b)*b of its byte."""
+    planes = []
+    for width in PLANE_BITS[bits]:
+        fields = (codes & (2**width - 1)).reshape(*codes.shape[:-1], -1, 8 // width)
+        planes.append((fields << _shifts(width)).sum(axis=-1).astype(mx.uint8))
+        codes = codes >> width
+    return planes
+
+
+def _unpack(planes: list[mx.array], bits: int) -> mx.array:
+    """The inverse of ``_pack``."""
+    codes, low = 0, 0
+    for plane, width in zip(planes, PLANE_BITS[bits], strict=True):
+        fields = (plane[..., None] >> _shifts(width)) & (2**width - 1)
+        codes = codes + (fields.flatten(-2) << low)
+        low += width
+    return codes
+
+
+def _shifts(width: int) -> mx.array:
+    return mx.arange(0, 8, width, dtype=mx.uint8)
+
+
+def _ends(layout: PageLayout) -> list[int]:
+    ends = [layout.plane_bytes[0]]
+    for width in layout.plane_bytes[1:]:
+        ends.append(ends[-1] + width)
+    return ends
+
+
+def _what_is_wrong(keys: mx.array, values: mx.array) -> str:
+    for name, x in (("keys", keys), ("values", values)):
+        if mx.isnan(x).any().item():
+            return f"{name} hold NaN"
+        if mx.isinf(x).any().item():
+            return f"{name} hold an infinite element"
+    return "a head vector is too long for an fp16 scale (largest: 65504)"

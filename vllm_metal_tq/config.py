@@ -1,0 +1,102 @@
+"""Names a user may give, and what they mean: presets, key and value widths, block sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+BLOCK_SIZES = (16, 32)
+
+PRESETS = {
+    "tq8": (8, 6),
+    "tq6": (6, 5),
+    "tq4": (4, 4),
+    "tq3": (3, 3),
+    "tq2": (2, 2),
+}
+"""Preset name -> (key bits, value bits)."""
+
+DEFAULT_PRESET = "tq4"
+
+QUANT_NAMES = {f"q{bits}_0": bits for bits in WIDTHS} | {
+    f"{kind}{bits}": bits for bits in (2, 4, 8) for kind in ("int", "uint")
+}
+"""Width name -> bits, for keys and for values. Every name of vllm-metal is among them."""
+
+
+@dataclass(frozen=True)
+class TurboQuantConfig:
+    """What the cache stores for one token of one KV head.
+
+    Attributes:
+        k_bits: bits of a key code, one of ``WIDTHS``.
+        v_bits: bits of a value code, one of ``WIDTHS``.
+        block_size: tokens a page holds, one of ``BLOCK_SIZES``.
+    """
+
+    k_bits: int
+    v_bits: int
+    block_size: int = 16
+
+    def __post_init__(self):
+        _one_of("k_bits", self.k_bits, WIDTHS)
+        _one_of("v_bits", self.v_bits, WIDTHS)
+        _one_of("block_size", self.block_size, BLOCK_SIZES)
+
+    @classmethod
+    def from_names(
+        cls,
+        preset: str | None = None,
+        k_quant: str | None = None,
+        v_quant: str | None = None,
+        block_size: int = 16,
+    ) -> TurboQuantConfig:
+        """Build a config from the names users write.
+
+        ``k_quant`` and ``v_quant`` take precedence over ``preset``, each for its own half;
+        what nobody names comes from ``DEFAULT_PRESET``.
+
+        Raises:
+            ValueError: a name is unknown; the message lists the known ones.
+        """
+        preset = DEFAULT_PRESET if preset is None else preset
+        _one_of("preset", preset, PRESETS)
+        k_bits, v_bits = PRESETS[preset]
+        if k_quant is not None:
+            k_bits = _bits("k_quant", k_quant)
+        if v_quant is not None:
+            v_bits = _bits("v_quant", v_quant)
+        return cls(k_bits, v_bits, block_size)
+
+    @property
+    def k_quant(self) -> str:
+        """The canonical name of the key width, such as ``q4_0``."""
+        return f"q{self.k_bits}_0"
+
+    @property
+    def v_quant(self) -> str:
+        """The canonical name of the value width, such as ``q4_0``."""
+        return f"q{self.v_bits}_0"
+
+    @property
+    def preset(self) -> str | None:
+        """The preset with these widths, or None."""
+        widths = (self.k_bits, self.v_bits)
+        return next((name for name, pair in PRESETS.items() if pair == widths), None)
+
+    @property
+    def label(self) -> str:
+        """How tables name it: the preset, or both widths as ``q8_0/q3_0``."""
+        return self.preset or f"{self.k_quant}/{self.v_quant}"
+
+
+def _bits(option: str, name: str) -> int:
+    _one_of(option, name, QUANT_NAMES)
+    return QUANT_NAMES[name]
+
+
+def _one_of(option: str, given, allowed) -> None:
+    if given not in allowed:
+        raise ValueError(
+            f"{option} {given!r} is unknown: allowed are {', '.join(map(str, allowed))}"
+        )

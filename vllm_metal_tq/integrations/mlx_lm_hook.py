@@ -1,0 +1,61 @@
+"""How mlx_lm's models come to attend through a cache of ours.
+
+Each model module imports ``scaled_dot_product_attention`` by name, so the name is rebound in
+every module that holds it. The replacement serves caches that have an ``attend`` of their own
+class, and calls the original, with the same arguments, for every other cache.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import mlx.nn as nn
+import mlx_lm.models.base as base
+import mlx_lm.models.cache as host
+
+_NAME = "scaled_dot_product_attention"
+
+dense_attention = base.scaled_dot_product_attention
+"""mlx_lm's own function, as it was before the hook."""
+
+_rebound: dict[int, dict] = {}  # by id, because a model's file may be no entry of sys.modules
+
+
+def _attention(queries, keys, values, cache, scale, mask, sinks=None):
+    attend = getattr(cache, "attend", None)
+    if attend is None:
+        return dense_attention(queries, keys, values, cache, scale, mask, sinks)
+    return attend(queries, keys, values, scale, mask, sinks)
+
+
+def install(model: nn.Module, cache_class: type) -> None:
+    """Reach every loaded module, and the model's own where it came from a file.
+
+    Modules imported later take the replacement from ``mlx_lm.models.base``. Doing it again
+    changes nothing. ``cache_class`` becomes known to mlx_lm's ``load_prompt_cache``.
+    """
+    for namespace in [*_loaded(), *_own(model)]:
+        if namespace.get(_NAME) is dense_attention:
+            namespace[_NAME] = _attention
+            _rebound[id(namespace)] = namespace
+    setattr(host, cache_class.__name__, cache_class)
+
+
+def uninstall(cache_class: type) -> None:
+    """Put everything back as it was before ``install``."""
+    for namespace in [*_loaded(), *_rebound.values()]:
+        if namespace.get(_NAME) is _attention:
+            namespace[_NAME] = dense_attention
+    _rebound.clear()
+    if hasattr(host, cache_class.__name__):
+        delattr(host, cache_class.__name__)
+
+
+def _own(model: nn.Module) -> list[dict]:
+    classes = {cls for _, module in model.named_modules() for cls in type(module).__mro__}
+    methods = [method for cls in classes for method in vars(cls).values()]
+    return [method.__globals__ for method in methods if hasattr(method, "__globals__")]
+
+
+def _loaded() -> list[dict]:
+    return [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]

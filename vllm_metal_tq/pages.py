@@ -1,0 +1,133 @@
+"""Pages of one layer: a pool that owns them, and the block table of a sequence."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from .layout import PageLayout
+
+GROWTH_TOKENS = 256  # as mlx_lm's caches grow
+
+
+class PagePool:
+    """All pages of one layer, and which blocks of them are free.
+
+    A block is ``block_size`` tokens; it has one page for each KV head.
+
+    Attributes:
+        layout: the bytes of a page.
+        num_kv_heads: pages of a block.
+        pages: uint8 ``(num_blocks, num_kv_heads, page_bytes)``, all that the pool allocates.
+    """
+
+    def __init__(self, layout: PageLayout, num_kv_heads: int):
+        self.layout = layout
+        self.num_kv_heads = num_kv_heads
+        self.pages = mx.zeros((0, num_kv_heads, layout.page_bytes), mx.uint8)
+        self._free: list[int] = []
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks allocated, in use or free."""
+        return self.pages.shape[0]
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` blocks out of the pool, which grows where it must."""
+        missing = count - len(self._free)
+        if missing > 0:
+            self._grow(missing)
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
+
+    def release(self, blocks: list[int]) -> None:
+        """Give blocks back."""
+        self._free = sorted(self._free + blocks)
+
+    def adopt(self, pages: mx.array, used: list[int]) -> None:
+        """Take over ``pages`` as they were saved, with the blocks in use."""
+        self.pages = pages
+        self._free = sorted(set(range(self.num_blocks)) - set(used))
+
+    def write(self, slot_mapping: np.ndarray, rows: mx.array) -> None:
+        """Scatter rows into their slots, in place where nobody else holds ``pages``.
+
+        Args:
+            slot_mapping: int ``(num_tokens,)``, block * block_size + place in the block.
+            rows: uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
+        """
+        block, place = np.divmod(slot_mapping, self.layout.config.block_size)
+        heads = mx.arange(self.num_kv_heads)[:, None, None]
+        offsets = mx.array(self.layout.byte_offsets[place])
+        self.pages[mx.array(block)[:, None], heads, offsets] = rows
+
+    def read(self, blocks: list[int], num_tokens: int) -> mx.array:
+        """Gather the rows of the first ``num_tokens`` tokens of ``blocks``.
+
+        Returns:
+            uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
+        """
+        block_size = self.layout.config.block_size
+        blocks = blocks[: -(-num_tokens // block_size)]
+        offsets = mx.array(self.layout.byte_offsets.reshape(-1))
+        rows = mx.take(self.pages[mx.array(blocks, mx.int32)], offsets, axis=-1)
+        page = (block_size, self.layout.row_bytes)
+        rows = rows.reshape(len(blocks), self.num_kv_heads, *page).swapaxes(0, 1)
+        return rows.flatten(1, 2)[:, :num_tokens]
+
+    def _grow(self, missing: int) -> None:
+        step = GROWTH_TOKENS // self.layout.config.block_size
+        more = -(-missing // step) * step
+        self._free += range(self.num_blocks, self.num_blocks + more)
+        new = mx.zeros((more, *self.pages.shape[1:]), mx.uint8)
+        self.pages = mx.concatenate([self.pages, new]) if self.num_blocks else new
+
+
+class BlockTable:
+    """The blocks of one sequence, in order, and how many tokens they hold."""
+
+    def __init__(self, pool: PagePool):
+        self.pool = pool
+        self.blocks: list[int] = []
+        self.num_tokens = 0
+
+    @property
+    def _block_size(self) -> int:
+        return self.pool.layout.config.block_size
+
+    def append(self, rows: mx.array) -> None:
+        """Store the rows of new tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
+        end = self.num_tokens + rows.shape[1]
+        self.blocks += self.pool.allocate(-(-end // self._block_size) - len(self.blocks))
+        token = np.arange(self.num_tokens, end)
+        block = np.array(self.blocks)[token // self._block_size]
+        self.pool.write(block * self._block_size + token % self._block_size, rows)
+        self.num_tokens = end
+
+    def read(self, num_tokens: int) -> mx.array:
+        """Rows of the first tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
+        return self.pool.read(self.blocks, num_tokens)
+
+    def trim(self, count: int) -> None:
+        """Forget the last ``count`` tokens."""
+        self.num_tokens -= count
+        keep = -(-self.num_tokens // self._block_size)
+        self.pool.release(self.blocks[keep:])
+        del self.blocks[keep:]
+
+    def evictable(self, count: int) -> int:
+        """How many tokens ``evict`` drops to make room for ``count``: whole blocks only."""
+        full = self.num_tokens // self._block_size
+        return min(-(-count // self._block_size), max(full - 1, 0)) * self._block_size
+
+    def evict(self, count: int) -> None:
+        """Drop the oldest blocks but the first, ``evictable(count)`` tokens in all.
+
+        The first block stays because models put much of their attention on the first tokens
+        (attention sinks, arXiv:2309.17453).
+        """
+        dropped = self.evictable(count)
+        gone = slice(1, 1 + dropped // self._block_size)
+        self.pool.release(self.blocks[gone])
+        del self.blocks[gone]
+        self.num_tokens -= dropped
