@@ -10,6 +10,8 @@ A zero vector, or one whose scale is below fp16's smallest number, decodes to ze
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import mlx.core as mx
 
 from .codebook import Gaussian, Uniform, key_codebook, value_codebook
@@ -71,7 +73,7 @@ def decode(rows: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
     Returns:
         Keys and values, float32 ``(..., dim)`` each, still rotated.
     """
-    *planes, scales = mx.split(rows, _ends(layout), axis=-1)
+    *planes, scales = mx.split(rows, list(accumulate(layout.plane_bytes)), axis=-1)
     scales = scales.view(mx.float16).astype(mx.float32)
     k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
     k_planes, v_planes = planes[: len(PLANE_BITS[k_bits])], planes[len(PLANE_BITS[k_bits]) :]
@@ -148,13 +150,6 @@ def _unpack(planes: list[mx.array], bits: int) -> mx.array:
 
 def _shifts(width: int) -> mx.array:
     return mx.arange(0, 8, width, dtype=mx.uint8)
-
-
-def _ends(layout: PageLayout) -> list[int]:
-    ends = [layout.plane_bytes[0]]
-    for width in layout.plane_bytes[1:]:
-        ends.append(ends[-1] + width)
-    return ends
 
 
 def _what_is_wrong(keys: mx.array, values: mx.array) -> str:

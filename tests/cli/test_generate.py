@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from vllm_metal_tq import demo_model, make_prompt_cache, save_prompt_cache
+from vllm_metal_tq.cli import main
+
+FIELDS = {
+    "text",
+    "model",
+    "preset",
+    "k_quant",
+    "v_quant",
+    "layers_compressed",
+    "layers",
+    "prompt_tokens",
+    "tokens",
+    "kv_bytes",
+    "kv_bytes_bf16",
+    "ratio",
+    "prefill_tps",
+    "decode_tps",
+    "peak_bytes",
+}
+
+
+@pytest.fixture(autouse=True)
+def loaded(demo, monkeypatch):
+    monkeypatch.setattr(demo_model, "load", lambda: demo)
+
+
+def generate(capsys, *flags):
+    status = main(["generate", "--model", "demo", *flags])
+    return status, *capsys.readouterr()
+
+
+def test_json_says_what_was_generated_and_what_the_cache_held(capsys):
+    status, out, _ = generate(capsys, "--prompt", "Say hello.", "--max-tokens", "5", "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert set(answer) == FIELDS
+    assert answer["text"]
+    assert answer["tokens"] == 5
+    assert (answer["preset"], answer["k_quant"], answer["v_quant"]) == ("tq4", "q4_0", "q4_0")
+    assert (answer["layers_compressed"], answer["layers"]) == (30, 30)
+    assert answer["kv_bytes"] == 30 * 3 * 256 * 68
+    assert answer["kv_bytes_bf16"] == 30 * 3 * 256 * 256
+    assert answer["ratio"] == pytest.approx(256 / 68)
+    assert answer["peak_bytes"] > answer["kv_bytes"]
+    assert min(answer["prefill_tps"], answer["decode_tps"]) > 0
+
+
+def test_text_is_streamed_and_a_table_follows(capsys):
+    _, out, _ = generate(
+        capsys, "-p", "Say hello.", "-m", "5", "--k-quant", "q8_0", "--v-quant", "q3_0"
+    )
+    text, table = out.split("\n\n", 1)
+    assert text
+    for words in ("q8_0/q3_0", "30 of 30", "2.78x", "tok/s", "peak memory"):
+        assert words in table
+
+
+def test_a_seed_makes_sampling_repeatable(capsys):
+    flags = ("-p", "Tell me a story.", "-m", "8", "--temp", "1.0", "--top-p", "0.9", "--json")
+    texts = [
+        json.loads(generate(capsys, *flags, "--seed", seed)[1])["text"] for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_saved_prompt_is_continued(capsys, demo, tmp_path):
+    import mlx.core as mx
+
+    model, tokenizer = demo
+    text = "The capital of France is Paris. The capital of Italy is"
+    cache = make_prompt_cache(model)
+    model(mx.array([tokenizer.encode(text)]), cache=cache)
+    file = tmp_path / "prompt.safetensors"
+    save_prompt_cache(file, cache)
+    flags = ("-p", " Rome. The capital of Spain is", "--ignore-chat-template", "-m", "2", "--json")
+    answer = json.loads(generate(capsys, *flags, "--prompt-cache-file", str(file))[1])
+    assert "Madrid" in answer["text"]
+    assert answer["preset"] == "tq4"
+
+
+def test_max_kv_size_bounds_the_cache(capsys):
+    prompt = "word " * 300
+    flags = ("-p", prompt, "-m", "3", "--prefill-step-size", "64", "--max-kv-size", "64", "--json")
+    answer = json.loads(generate(capsys, *flags)[1])
+    assert answer["prompt_tokens"] > 300
+    assert answer["kv_bytes"] == 30 * 3 * 256 * 68  # one growth step, not two
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--preset", "tq5"], "preset 'tq5' is unknown: allowed are tq8, tq6, tq4, tq3, tq2"),
+        (["--k-quant", "fp8"], "k_quant 'fp8' is unknown: allowed are q2_0"),
+        (["--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
+        (["--max-kv-size", "-5"], "--max-kv-size -5 must be at least 1"),
+        (["--max-kv-size", "8"], "max_tokens 8 is too few: at least 32"),
+        (["--prefill-step-size", "0"], "--prefill-step-size 0 must be at least 1"),
+        (["--prompt-cache-file", "nowhere"], "'nowhere': no such file"),
+        (["--prompt-cache-file", "x", "--preset", "tq4"], "--preset cannot be given with"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(capsys, flags, message):
+    status, out, err = generate(capsys, *flags)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_cannot_be_had_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["generate", "--model", "nobody/no-such-model"]) == 2
+    err = capsys.readouterr().err
+    assert "error: model 'nobody/no-such-model' cannot be loaded: " in err
+
+
+def test_a_folder_that_is_no_model_is_named(capsys, tmp_path):
+    assert main(["generate", "--model", str(tmp_path)]) == 2
+    assert f"error: model '{tmp_path}' cannot be loaded: " in capsys.readouterr().err

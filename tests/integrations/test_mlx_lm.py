@@ -1,0 +1,299 @@
+import copy
+
+import mlx.core as mx
+import mlx_lm.models.cache as host
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from models import llama, tokens
+
+from vllm_metal_tq import (
+    TurboQuantConfig,
+    TurboQuantKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
+from vllm_metal_tq.config import PRESETS
+from vllm_metal_tq.integrations.mlx_lm import report
+
+PROMPT = 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+def greedy(model, cache, prompt=None, count=12, **options):
+    prompt = tokens(PROMPT)[0] if prompt is None else prompt
+    steps = generate_step(prompt, model, max_tokens=count, prompt_cache=cache, **options)
+    return [token for token, _ in steps]
+
+
+def logits(model, cache, chunks):
+    return mx.concatenate([model(chunk, cache=cache) for chunk in chunks], axis=1)
+
+
+def chunked(sequence, *lengths):
+    ends = np.cumsum(lengths).tolist()
+    return [sequence[:, a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_mlx_lm_generates_with_every_preset(model, preset):
+    cache = make_prompt_cache(model, TurboQuantConfig.from_names(preset))
+    dense = host.make_prompt_cache(model)
+    assert len(greedy(model, cache)) == len(greedy(model, dense)) == 12
+    assert cache[0].offset == cache[0].size() == dense[0].offset
+    assert not cache[0].empty()
+
+
+def test_eight_bits_are_close_to_the_uncompressed_cache(model):
+    sequence = tokens(60)
+    chunks = chunked(sequence, 40, *[1] * 20)
+    exact = logits(model, host.make_prompt_cache(model), chunks)
+    ours = logits(model, make_prompt_cache(model, TurboQuantConfig(8, 8)), chunks)
+    assert mx.array_equal(ours[:, :40], exact[:, :40])  # the first chunk sees no pages
+    assert 0 < mx.abs(ours - exact).max().item() < 0.02
+
+
+def test_fewer_bits_are_further_from_the_uncompressed_cache(model):
+    chunks = chunked(tokens(60), 40, *[1] * 20)
+    exact = logits(model, host.make_prompt_cache(model), chunks)
+    errors = [
+        mx.abs(logits(model, make_prompt_cache(model, TurboQuantConfig(b, b)), chunks) - exact)
+        .mean()
+        .item()
+        for b in (8, 6, 5, 4, 3, 2)
+    ]
+    assert errors == sorted(errors)
+
+
+def test_equal_chunks_give_equal_logits_whatever_the_blocks(model):
+    chunks = chunked(tokens(60), 37, 20, 1, 1, 1)
+    results = [
+        logits(model, make_prompt_cache(model, TurboQuantConfig(4, 3, block_size)), chunks)
+        for block_size in (16, 32)
+    ]
+    assert mx.array_equal(*results)
+
+
+def test_a_raw_window_makes_a_chunk_see_what_single_tokens_would(model):
+    sequence = tokens(40)
+    config = TurboQuantConfig(3, 3)
+    single = logits(model, make_prompt_cache(model, config), chunked(sequence, *[1] * 40))
+    cache = make_prompt_cache(model, config)
+    for layer in cache:
+        layer.raw_window = 1
+    at_once = logits(model, cache, chunked(sequence, 15, 25))
+    assert mx.abs(at_once - single).max().item() < 1e-4
+    plain = logits(model, make_prompt_cache(model, config), chunked(sequence, 15, 25))
+    assert mx.abs(plain - single).max().item() > 1e-2
+
+
+def test_a_long_prompt_in_steps_equals_the_same_chunks(model):
+    prompt = tokens(70)
+    stepped = make_prompt_cache(model)
+    greedy(model, stepped, prompt[0], count=1, prefill_step_size=32)
+    by_hand = make_prompt_cache(model)
+    logits(model, by_hand, chunked(prompt, 32, 32, 5, 1))
+    for a, b in zip(stepped, by_hand, strict=True):
+        assert mx.array_equal(a.table.read(70), b.table.read(70))
+
+
+def test_trimming_goes_back_to_the_earlier_state(model):
+    prompt, more = tokens(PROMPT), tokens(10, seed=1)
+    cache = make_prompt_cache(model)
+    model(prompt, cache=cache)
+    expected = model(tokens(5, seed=2), cache=copy.deepcopy(cache))
+    model(more, cache=cache)
+    assert host.can_trim_prompt_cache(cache)
+    assert host.trim_prompt_cache(cache, 10) == 10
+    assert cache[0].offset == cache[0].size() == PROMPT
+    assert mx.array_equal(model(tokens(5, seed=2), cache=cache), expected)
+
+
+def test_trimming_more_than_there_is_empties_the_cache(model):
+    cache = make_prompt_cache(model)
+    model(tokens(20), cache=cache)
+    assert cache[0].trim(1000) == 20
+    assert cache[0].empty()
+
+
+def test_a_copy_is_independent(model):
+    cache = make_prompt_cache(model)
+    model(tokens(20), cache=cache)
+    other = copy.deepcopy(cache)
+    before = np.array(other[0].table.read(20))
+    model(tokens(20, seed=5), cache=cache)
+    assert other[0].offset == 20
+    assert np.array_equal(np.array(other[0].table.read(20)), before)
+
+
+def test_bytes_reported_are_bytes_allocated(model):
+    cache = make_prompt_cache(model, TurboQuantConfig.from_names("tq4"))
+    assert report(cache).kv_bytes == 0
+    model(tokens(300), cache=cache)
+    dense = host.make_prompt_cache(model)
+    model(tokens(300), cache=dense)
+    held = report(cache)
+    assert held.kv_bytes == sum(c.pool.pages.nbytes for c in cache) == 3 * 2 * 512 * 68
+    # mlx_lm's cache has room for as many tokens, in float32 here.
+    assert held.kv_bytes_bf16 == sum(c.nbytes for c in dense) / 2
+    assert held.ratio == 256 / 68
+    assert (held.layers, held.layers_compressed) == (3, 3)
+
+
+def test_decoding_does_not_allocate_an_uncompressed_cache():
+    model = llama(num_hidden_layers=8)
+    cache = make_prompt_cache(model)
+    for seed in range(4):
+        model(tokens(500, seed), cache=cache)
+    mx.eval([c.state for c in cache])
+    held = report(cache)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(model(tokens(1), cache=cache))
+    # One layer in float32 and its working set, not eight.
+    assert mx.get_peak_memory() - before < 0.75 * 2 * held.kv_bytes_bf16
+
+
+class TestMaxKvSize:
+    def test_old_blocks_are_dropped_and_the_first_stays(self, model):
+        cache = make_prompt_cache(model, max_kv_size=48)
+        model(tokens(48), cache=cache)
+        first = np.array(cache[0].table.read(16))
+        for i in range(40):
+            model(tokens(1, seed=i), cache=cache)
+            assert cache[0].size() <= 48
+        assert cache[0].offset == 88
+        assert np.array_equal(np.array(cache[0].table.read(16)), first)
+        assert not cache[0].is_trimmable()
+
+    def test_below_the_limit_nothing_changes(self, model):
+        assert greedy(model, make_prompt_cache(model, max_kv_size=64)) == greedy(
+            model, make_prompt_cache(model)
+        )
+
+    def test_a_chunk_after_dropping_sees_what_is_left(self, model):
+        chunks = chunked(tokens(70), 48, 22)
+        cache = make_prompt_cache(model, TurboQuantConfig(8, 8), max_kv_size=48)
+        out = logits(model, cache, chunks)
+        assert cache[0].size() == 16 + 22
+        assert out.shape == (1, 70, 97)
+        assert mx.isfinite(out).all()
+
+    @pytest.mark.parametrize("max_kv_size", [-1, 0, 31])
+    def test_a_limit_below_two_blocks_is_refused(self, model, max_kv_size):
+        with pytest.raises(ValueError, match=f"{max_kv_size} is too few: at least 32"):
+            make_prompt_cache(model, max_kv_size=max_kv_size)
+
+
+class TestBadInput:
+    def test_nan_is_refused_and_nothing_is_stored(self):
+        cache = TurboQuantKVCache(TurboQuantConfig(4, 4), 64, 2)
+        good = mx.random.normal((1, 2, 20, 64), key=mx.random.key(0))
+        cache.update_and_fetch(good, good)
+        before = np.array(cache.table.read(20))
+        bad = mx.array(good)
+        bad[0, 1, 3, 5] = float("nan")
+        with pytest.raises(ValueError, match="values hold NaN"):
+            cache.update_and_fetch(good, bad)
+        assert (cache.offset, cache.size()) == (20, 20)
+        assert np.array_equal(np.array(cache.table.read(20)), before)
+
+    def test_a_batch_is_refused(self, model):
+        with pytest.raises(ValueError, match="this cache holds one sequence"):
+            model(mx.zeros((2, 5), mx.int32), cache=make_prompt_cache(model))
+
+    def test_a_head_dim_that_cannot_be_rotated_is_refused_before_anything_runs(self):
+        with pytest.raises(ValueError, match="head_dim 4 cannot be rotated"):
+            make_prompt_cache(llama(head_dim=4))
+
+
+class TestSavedCaches:
+    @pytest.fixture
+    def saved(self, model, tmp_path):
+        cache = make_prompt_cache(model, TurboQuantConfig(4, 3, 32))
+        model(tokens(PROMPT), cache=cache)
+        file = tmp_path / "prompt.safetensors"
+        save_prompt_cache(file, cache, {"note": "test"})
+        return file, cache
+
+    def test_reloaded_equals_never_saved(self, model, saved):
+        file, cache = saved
+        loaded = load_prompt_cache(file, model)
+        assert [c.config for c in loaded] == [TurboQuantConfig(4, 3, 32)] * 3
+        more = tokens(30, seed=3)[0]
+        assert greedy(model, loaded, more, 20) == greedy(model, cache, more, 20)
+        for a, b in zip(loaded, cache, strict=True):
+            assert mx.array_equal(a.table.read(b.size()), b.table.read(b.size()))
+
+    def test_mlx_lms_own_loader_reads_it(self, model, saved):
+        file, cache = saved
+        loaded = host.load_prompt_cache(str(file))
+        assert mx.array_equal(loaded[1].table.read(PROMPT), cache[1].table.read(PROMPT))
+
+    def test_a_cache_that_dropped_tokens_survives(self, model, tmp_path):
+        cache = make_prompt_cache(model, max_kv_size=48)
+        for i in range(3):
+            model(tokens(30, seed=i), cache=cache)
+        save_prompt_cache(tmp_path / "c.safetensors", cache)
+        loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
+        assert loaded[0].offset == 90
+        assert loaded[0].max_tokens == 48
+        assert greedy(model, loaded) == greedy(model, cache)
+
+    def test_an_empty_cache_survives(self, model, tmp_path):
+        save_prompt_cache(tmp_path / "c.safetensors", make_prompt_cache(model))
+        loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
+        assert greedy(model, loaded) == greedy(model, make_prompt_cache(model))
+
+    def test_a_missing_file_is_named(self, model, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors'?: no such file"):
+            load_prompt_cache(tmp_path / "nowhere.safetensors", model)
+
+    @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.9999])
+    def test_a_file_cut_short_is_refused(self, model, saved, share):
+        file, _ = saved
+        data = file.read_bytes()
+        file.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError, match="is damaged or foreign"):
+            load_prompt_cache(file, model)
+
+    @pytest.mark.parametrize("content", [b"not a cache", b"\0" * 4096])
+    def test_a_file_of_another_kind_is_refused(self, model, tmp_path, content):
+        file = tmp_path / "x.safetensors"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged or foreign"):
+            load_prompt_cache(file, model)
+
+    def test_safetensors_without_a_cache_are_refused(self, model, tmp_path):
+        file = tmp_path / "weights.safetensors"
+        mx.save_safetensors(str(file), {"weight": mx.zeros((3,))})
+        with pytest.raises(ValueError, match="is damaged or foreign"):
+            load_prompt_cache(file, model)
+
+    def test_another_models_cache_is_refused(self, saved):
+        file, _ = saved
+        with pytest.raises(ValueError, match="was made by another model"):
+            load_prompt_cache(file, llama(head_dim=128))
+        with pytest.raises(ValueError, match="was made by another model"):
+            load_prompt_cache(file, llama(num_hidden_layers=2))
+
+    def test_an_uncompressed_cache_is_refused(self, model, tmp_path):
+        cache = host.make_prompt_cache(model)
+        model(tokens(5), cache=cache)
+        host.save_prompt_cache(str(tmp_path / "dense.safetensors"), cache)
+        with pytest.raises(ValueError, match="was made by another model"):
+            load_prompt_cache(tmp_path / "dense.safetensors", model)
+
+    @pytest.mark.parametrize(
+        ("place", "number"), [(0, 2), (1, 7), (3, 24), (4, 72), (5, 3), (8, 41), (8, -1), (-1, 99)]
+    )
+    def test_a_header_that_contradicts_its_pages_is_refused(self, model, saved, place, number):
+        pages, header = saved[1][0].state
+        header[place] = number
+        with pytest.raises(ValueError, match=r"unknown|do not fit"):
+            TurboQuantKVCache.from_state((pages, header))

@@ -1,0 +1,38 @@
+"""Small models of mlx_lm with random weights, one for each kind of attention."""
+
+import importlib
+
+import mlx.core as mx
+
+VOCAB = 97
+_COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+}
+
+
+def build(model_type: str, **arguments):
+    """A model of ``mlx_lm.models.<model_type>`` with ``arguments`` over small defaults."""
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    mx.random.seed(0)
+    fields = _COMMON | {"model_type": model_type} | arguments
+    model = module.Model(module.ModelArgs.from_dict(fields))
+    mx.eval(model.parameters())
+    return model
+
+
+def llama(**arguments):
+    """Three layers of plain attention, two query heads to a KV head."""
+    return build("llama", **({"head_dim": 64} | arguments))
+
+
+def tokens(count: int, seed: int = 0) -> mx.array:
+    """Random token ids ``(1, count)``."""
+    return mx.random.randint(0, VOCAB, (1, count), key=mx.random.key(seed))

@@ -1,0 +1,179 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lloyd_max import distortion, lloyd_max
+
+from vllm_metal_tq import codec
+from vllm_metal_tq.config import WIDTHS, TurboQuantConfig
+from vllm_metal_tq.layout import PageLayout
+from vllm_metal_tq.rotation import rotate
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+# Mean square error of the best uniform mid-rise quantiser of N(0, 1) (Max 1960, table II;
+# 5 to 8 bits by the same minimisation).
+UNIFORM_OPTIMUM = {2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 0.001040, 8: 0.0000880}
+
+
+def normal(*shape, seed=0):
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def layout(k_bits=4, v_bits=4, head_dim=128):
+    return PageLayout(TurboQuantConfig(k_bits, v_bits), head_dim)
+
+
+def round_trip(keys, values, page):
+    return codec.decode(codec.encode(keys, values, page), page)
+
+
+def relative_error(x, y):
+    """Mean square error of y over that of x itself."""
+    return (mx.square(x - y).sum() / mx.square(x).sum()).item()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_value_error_is_within_2_5_percent_of_lloyd_max(bits, head_dim):
+    values = normal(4096, head_dim, seed=bits)
+    _, decoded = round_trip(values, values, layout(v_bits=bits, head_dim=head_dim))
+    assert relative_error(rotate(values), decoded) < 1.025 * distortion(lloyd_max(bits))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_key_error_is_within_2_percent_of_the_uniform_optimum(bits, head_dim):
+    keys = normal(4096, head_dim, seed=bits)
+    decoded, _ = round_trip(keys, keys, layout(k_bits=bits, head_dim=head_dim))
+    assert relative_error(rotate(keys), decoded) < 1.02 * UNIFORM_OPTIMUM[bits]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_values_keep_their_norm(bits):
+    values = normal(512, 128)
+    _, decoded = round_trip(values, values, layout(v_bits=bits))
+    ratio = mx.linalg.norm(decoded, axis=-1) / mx.linalg.norm(values, axis=-1)
+    assert mx.abs(ratio - 1).max().item() < 1e-3  # fp16 rounding of the scale
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_key_scales_are_least_squares(bits):
+    keys = normal(512, 128)
+    decoded, _ = round_trip(keys, keys, layout(k_bits=bits))
+    dot, square = (rotate(keys) * decoded).sum(axis=-1), mx.square(decoded).sum(axis=-1)
+    assert mx.abs(dot / square - 1).max().item() < 1e-3
+
+
+@pytest.mark.parametrize("k_bits", WIDTHS)
+@pytest.mark.parametrize("v_bits", WIDTHS)
+def test_rows_hold_what_the_codecs_made(k_bits, v_bits):
+    keys, values = normal(3, 5, 80, seed=1), normal(3, 5, 80, seed=2)
+    page = layout(k_bits, v_bits, 80)
+    rows = codec.encode(keys, values, page)
+    assert rows.dtype == mx.uint8
+    assert rows.shape == (3, 5, page.row_bytes)
+    from vllm_metal_tq.codebook import key_codebook, value_codebook
+
+    k_codes, k_scale = codec.encode_keys(rotate(keys), k_bits)
+    v_codes, v_scale = codec.encode_values(rotate(values), v_bits)
+    decoded_keys, decoded_values = codec.decode(rows, page)
+    assert mx.array_equal(decoded_keys, key_codebook(k_bits).levels(k_codes) * k_scale[..., None])
+    assert mx.array_equal(
+        decoded_values, value_codebook(v_bits).levels(v_codes) * v_scale[..., None]
+    )
+
+
+def test_planes_hold_the_low_bits_first_and_even_elements_lowest():
+    # One 5-bit key, codes 0..7 repeated: a nibble plane, then a plane of bit 4.
+    codes = mx.array([[17, 2, 19, 4, 21, 6, 23, 8]], mx.uint8)
+    nibbles, top = codec._pack(codes, 5)
+    assert nibbles.tolist() == [[0x21, 0x43, 0x65, 0x87]]
+    assert top.tolist() == [[0b01010101]]
+    assert mx.array_equal(codec._unpack([nibbles, top], 5), codes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    bits=st.sampled_from(WIDTHS),
+    data=st.lists(st.integers(0, 255), min_size=16, max_size=16),
+)
+def test_packing_loses_nothing(bits, data):
+    codes = mx.array([[x % 2**bits for x in data]], mx.uint8)
+    planes = codec._pack(codes, bits)
+    assert sum(plane.shape[-1] for plane in planes) == 16 * bits // 8
+    assert mx.array_equal(codec._unpack(planes, bits), codes)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_zero_vectors_decode_to_zeros(bits):
+    zeros = mx.zeros((2, 3, 64))
+    keys, values = round_trip(zeros, zeros, layout(bits, bits, 64))
+    assert not keys.any()
+    assert not values.any()
+
+
+def test_a_zero_vector_does_not_disturb_its_neighbours():
+    page = layout()
+    x = normal(3, 128)
+    x[1] = 0
+    together, alone = round_trip(x, x, page), round_trip(x[::2], x[::2], page)
+    assert mx.array_equal(together[0][::2], alone[0])
+    assert not together[1][1].any()
+
+
+def test_vectors_too_short_for_an_fp16_scale_decode_to_zeros():
+    x = normal(4, 128) * 1e-12
+    keys, values = round_trip(x, x, layout())
+    assert not keys.any()
+    assert not values.any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(exponent=st.floats(-3, 3), bits=st.sampled_from(WIDTHS))
+def test_the_error_does_not_depend_on_the_vectors_length(exponent, bits):
+    x = normal(256, 128) * 10**exponent
+    keys, values = round_trip(x, x, layout(bits, bits))
+    # 8 bits: fp16's rounding of the scale is a good part of the error.
+    assert relative_error(rotate(x), keys) < 1.05 * UNIFORM_OPTIMUM[bits]
+    assert relative_error(rotate(x), values) < 1.05 * distortion(lloyd_max(bits))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (float("nan"), "hold NaN"),
+        (float("inf"), "hold an infinite element"),
+        (float("-inf"), "hold an infinite element"),
+        (1e30, "too long for an fp16 scale"),
+    ],
+)
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_what_cannot_be_encoded_is_refused(which, bad, message):
+    x = {"keys": normal(2, 4, 64), "values": normal(2, 4, 64)}
+    x[which][1, 2, 3] = bad
+    with pytest.raises(ValueError, match=f"cannot encode: .*{message}") as error:
+        codec.encode(x["keys"], x["values"], layout(head_dim=64))
+    assert bad == 1e30 or which in str(error.value)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"keys \(4, 64\) and values \(5, 64\)"):
+        codec.encode(normal(4, 64), normal(5, 64), layout(head_dim=64))
+    with pytest.raises(ValueError, match="head_dim 128"):
+        codec.encode(normal(4, 64), normal(4, 64), layout(head_dim=128))
+
+
+def test_half_precision_input_is_encoded_as_its_float32_value():
+    x = normal(8, 64).astype(mx.float16)
+    page = layout(head_dim=64)
+    exact = x.astype(mx.float32)
+    assert mx.array_equal(codec.encode(x, x, page), codec.encode(exact, exact, page))
+
+
+def test_a_token_is_encoded_alike_alone_and_in_company():
+    x = normal(2, 33, 96)
+    page = layout(3, 5, 96)
+    whole = np.array(codec.encode(x, x, page))
+    alone = np.array(codec.encode(x[:, 7:8], x[:, 7:8], page))
+    assert np.array_equal(whole[:, 7:8], alone)

@@ -1,0 +1,79 @@
+import pytest
+
+from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, WIDTHS, TurboQuantConfig
+
+VLLM_METAL_KEYS = ["q8_0", "q5_0", "q4_0", "int8", "uint8", "int4", "uint4", "int2", "uint2"]
+VLLM_METAL_VALUES = ["q2_0", "q3_0", "q4_0", "q5_0", "q8_0"]
+
+
+def test_the_default_is_tq4():
+    assert TurboQuantConfig.from_names() == TurboQuantConfig(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "widths"),
+    [("tq8", (8, 6)), ("tq6", (6, 5)), ("tq4", (4, 4)), ("tq3", (3, 3)), ("tq2", (2, 2))],
+)
+def test_presets_name_widths(preset, widths):
+    config = TurboQuantConfig.from_names(preset)
+    assert (config.k_bits, config.v_bits) == widths
+    assert config.preset == config.label == preset
+
+
+def test_every_preset_is_tested():
+    assert list(PRESETS) == ["tq8", "tq6", "tq4", "tq3", "tq2"]
+
+
+@pytest.mark.parametrize("name", VLLM_METAL_KEYS)
+def test_vllm_metal_key_names_are_accepted(name):
+    config = TurboQuantConfig.from_names(k_quant=name)
+    assert config.k_bits == int("".join(c for c in name.split("_")[0] if c.isdigit()))
+
+
+@pytest.mark.parametrize("name", VLLM_METAL_VALUES)
+def test_vllm_metal_value_names_are_accepted(name):
+    assert TurboQuantConfig.from_names(v_quant=name).v_quant == name
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_width_has_a_name_for_keys_and_values(bits):
+    name = f"q{bits}_0"
+    config = TurboQuantConfig.from_names(k_quant=name, v_quant=name)
+    assert (config.k_quant, config.v_quant) == (name, name)
+
+
+def test_widths_take_precedence_over_the_preset_each_for_its_half():
+    assert TurboQuantConfig.from_names("tq8", v_quant="q3_0") == TurboQuantConfig(8, 3)
+
+
+def test_widths_without_a_preset_are_labelled_by_both():
+    config = TurboQuantConfig(8, 3)
+    assert config.preset is None
+    assert config.label == "q8_0/q3_0"
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "allowed"),
+    [
+        ({"preset": "tq5"}, "'tq5'", "tq8, tq6, tq4, tq3, tq2"),
+        ({"k_quant": "q7_0"}, "'q7_0'", "q8_0"),
+        ({"v_quant": ""}, "''", "q8_0"),
+        ({"block_size": 64}, "64", "16, 32"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_is_allowed(names, given, allowed):
+    with pytest.raises(ValueError, match=rf"{next(iter(names))} {given} is unknown") as error:
+        TurboQuantConfig.from_names(**names)
+    assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 7, 9, -4])
+def test_an_unknown_width_is_refused(bits):
+    with pytest.raises(ValueError, match="allowed are 2, 3, 4, 5, 6, 8"):
+        TurboQuantConfig(bits, 4)
+    with pytest.raises(ValueError, match="allowed are 2, 3, 4, 5, 6, 8"):
+        TurboQuantConfig(4, bits)
+
+
+def test_block_sizes_fill_sub_blocks():
+    assert BLOCK_SIZES == (16, 32)

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, WIDTHS, TurboQuantConfig
+from vllm_metal_tq.layout import PLANE_BITS, SUB_BLOCK, PageLayout
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def layout(k_bits=4, v_bits=4, head_dim=128, block_size=16):
+    return PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim)
+
+
+@pytest.mark.parametrize(
+    ("preset", "at_64", "at_128"), [("tq8", 116, 228), ("tq6", 92, 180), ("tq4", 68, 132)]
+)
+def test_bytes_per_token_and_kv_head(preset, at_64, at_128):
+    config = TurboQuantConfig(*PRESETS[preset])
+    assert PageLayout(config, 64).row_bytes == at_64
+    assert PageLayout(config, 128).row_bytes == at_128
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_row_is_its_codes_and_two_fp16_scales(bits, head_dim):
+    assert layout(bits, 2, head_dim).row_bytes == (bits + 2) * head_dim // 8 + 4
+    assert layout(2, bits, head_dim).row_bytes == (bits + 2) * head_dim // 8 + 4
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_a_page_has_no_padding(block_size):
+    assert layout(block_size=block_size).page_bytes == block_size * layout().row_bytes
+
+
+def test_llama_3_2_1b_holds_99280_tokens_where_bf16_held_38768():
+    layers, kv_heads, head_dim = 16, 8, 64
+    memory = 38_768 * layers * kv_heads * head_dim * 2 * 2
+    per_block = layout(8, 3, head_dim).page_bytes * layers * kv_heads
+    assert memory // per_block * 16 >= 99_280
+
+
+def test_planes_add_up_to_the_width():
+    assert all(sum(planes) == bits for bits, planes in PLANE_BITS.items())
+    assert tuple(PLANE_BITS) == WIDTHS
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_page_byte_belongs_to_one_byte_of_one_token(bits, head_dim, block_size):
+    page = layout(bits, bits, head_dim, block_size)
+    assert page.byte_offsets.shape == (block_size, page.row_bytes)
+    assert np.array_equal(np.sort(page.byte_offsets, axis=None), np.arange(page.page_bytes))
+
+
+def test_a_sub_block_holds_a_plane_of_16_tokens_after_the_other():
+    page = layout(3, 4, 64, block_size=32)
+    offsets = page.byte_offsets
+    sixteen = SUB_BLOCK * page.code_bytes
+    # Key planes of 2 and 1 bits, then the value plane; token 0, 1 and 16; then scales.
+    assert offsets[0, [0, 16, 24, 56]].tolist() == [0, 16 * 16, 16 * 24, 32 * page.code_bytes]
+    assert offsets[1, [0, 16, 24, 56]].tolist() == [
+        16,
+        16 * 16 + 8,
+        16 * 24 + 32,
+        32 * page.code_bytes + 4,
+    ]
+    assert offsets[16, 0] == sixteen
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_planes_start_at_multiples_of_128_bytes_and_32_token_pages_too(bits, head_dim):
+    page = layout(bits, bits, head_dim, block_size=32)
+    starts = np.cumsum((0, *page.plane_bytes))[:-1]
+    assert not page.byte_offsets[0, starts].astype(int).__mod__(128).any()
+    assert page.page_bytes % 128 == 0
+    assert layout(bits, bits, head_dim, block_size=16).page_bytes % 64 == 0
+
+
+def test_bits_per_element_count_the_scales():
+    assert layout(4, 4, 128).bits_per_element == 4.125
+    assert layout(8, 6, 64).bits_per_element == 7.25
+
+
+def test_bits_per_element_count_the_padding_of_a_head_dim_that_is_padded():
+    page = layout(4, 4, 72)
+    assert page.dim == 80
+    assert page.bits_per_element == pytest.approx((8 * 80 + 32) / (2 * 72))
+
+
+@pytest.mark.parametrize("head_dim", [0, -64, 7, 1025, 64.0, "64"])
+def test_a_head_dim_that_cannot_be_rotated_is_refused(head_dim):
+    with pytest.raises(ValueError, match="cannot be rotated: allowed are integers from 8 to 1024"):
+        layout(head_dim=head_dim)
