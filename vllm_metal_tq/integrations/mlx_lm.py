@@ -248,7 +248,7 @@ def make_prompt_cache(
 
 def save_prompt_cache(file_name: str, prompt_cache: list, metadata: dict | None = None) -> None:
     """Save ``prompt_cache`` with ``metadata`` (strings), as ``mlx_lm.models.cache`` does."""
-    host.save_prompt_cache(str(file_name), prompt_cache, metadata)
+    host.save_prompt_cache(str(file_name), prompt_cache, metadata or {})
 
 
 def load_prompt_cache(file_name: str, model: nn.Module) -> list:
