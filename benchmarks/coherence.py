@@ -17,69 +17,90 @@ from mlx_lm import stream_generate  # noqa: E402
 from vllm_metal_tq import TurboQuantConfig, demo_model, make_prompt_cache  # noqa: E402
 from vllm_metal_tq.config import PRESETS  # noqa: E402
 
-PROMPTS = (
-    """I have a small garden behind my house. It gets sun in the morning and shade after two
-o'clock. The soil is heavy and holds water for days after it rains. Last year I planted tomatoes
-along the fence, but they stayed small and many of them rotted before they were ripe. The beans
-did better, and the mint grew so well that it took over a whole corner. I have about four hours a
-week for the garden, mostly on Saturday mornings, and I do not want to spend much money. I own a
-spade, a watering can and a wheelbarrow, and my neighbour has offered me as much compost as I can
-carry. My daughter, who is seven, would like to grow something that she can eat straight from the
-plant, and my wife would like flowers that can be cut and put on the kitchen table. We live in a
-place where the last frost comes at the end of April and the first one in the middle of October.
-Please write me a plan for the year: what should I plant, where should I plant it, and what should
-I do first?""",
-    """The following is a note from the manager of a small library. "Dear all, from the first of
-March the library will be open from nine in the morning until seven in the evening on weekdays,
-and from ten until four on Saturdays. On Sundays we stay closed. Books can be borrowed for four
-weeks and can be renewed twice, unless somebody else is waiting for them. Films and games can be
-borrowed for one week and cannot be renewed. Children under twelve need the signature of a parent
-on their card. If you bring a book back late, please put something in the box by the door; we no
-longer send out fines. The room upstairs can be booked by reading groups, language classes and
-anybody else who needs a quiet table, free of charge, for up to three hours at a time. We are
-looking for people who can read to children on Wednesday afternoons, and for somebody who
-understands printers." Please explain these rules in a friendly letter to a family that has just
-moved to the town and has two children, aged five and thirteen.""",
-    """Here is the beginning of a story. The lighthouse stood at the end of a long spit of sand,
-and for thirty years the same man had lived in it. Every evening he climbed the hundred and forty
-steps to the lamp, and every morning he climbed down again, made tea, and wrote one line in a
-book: the wind, the waves, the ships that had passed. In all that time he had never missed a line.
-Then one morning in November, when the fog was so thick that he could not see his own boots, he
-opened the door and found a small wooden boat on the sand, with no oars and no name, and in it a
-girl of about ten years, fast asleep under a sail. She had a brass key on a string around her
-neck. He carried her inside, put her by the stove, and wrote in his book: fog, no wind, no ships,
-one visitor. When she woke up she looked at the clock, looked at the stairs, and asked him whether
-the lamp was still burning. Please continue the story and tell me who the girl is and what the key
-opens.""",
-    """I am preparing a lesson for a class of twelve-year-olds about how water moves around the
-world. They know that rain falls from clouds and that rivers run into the sea, but when I asked
-them where the rain comes from, most of them said that clouds are made of smoke or cotton. One of
-them asked why the sea does not overflow if all the rivers run into it, another asked why it
-snows in the mountains and rains in the valley on the same day, and a third wanted to know whether
-the water that we drink today is the same water that the dinosaurs drank. I have a kettle, a cold
-plate, a glass bowl, some salt, a lamp and a bag of ice, and the lesson is forty-five minutes
-long. I would like to begin with an experiment, then explain the water cycle step by step with
-the right words, and at the end answer the three questions. Please write the explanation of the
-water cycle for me, in simple words, with one paragraph for each step, and then answer the three
-questions of the children.""",
-    """My friend and I are having a discussion about how to travel. We both have to go from a
-village in the hills to a city by the sea, which is about three hundred kilometres away. She wants
-to take the train. It leaves at seven in the morning, takes four and a half hours, and we would
-have to change once, with twenty minutes for the change. The tickets cost forty euros each if we
-buy them a week before. I would like to drive. My car is old but good, the motorway is free for
-most of the way, and I think that it takes three and a half hours if there is not much traffic;
-petrol would cost about fifty euros for both of us. We have two suitcases and a large box of
-books, and in the city we are going to stay for three nights in a hotel in the old town, where
-cars are not allowed and parking costs twenty-five euros a day. We both get tired when we drive
-for a long time. Please compare the two ways to travel, list the advantages and disadvantages of
-each, and tell us what you would do.""",
+# A question, the answer it got, and the question to answer now.
+CHATS = (
+    (
+        "What is photosynthesis?",
+        """Photosynthesis is the process by which plants, algae and some bacteria turn light into
+chemical energy. It takes place in the chloroplasts of the leaf, where a green pigment
+called chlorophyll absorbs sunlight. The plant takes in carbon dioxide from the air
+through small openings in its leaves, and water from the soil through its roots. With
+the energy of the light it splits the water, sets oxygen free, and builds sugar out of
+the carbon dioxide. The sugar feeds the plant: some of it is used at once, some is
+stored as starch, and some becomes cellulose, of which the walls of its cells are made.
+Almost all life on Earth depends on this process, because it produces both the food that
+animals eat and the oxygen that they breathe. It also removes carbon dioxide from the
+air, which is one of the reasons why forests matter for the climate.""",
+        "How do plants get water from the soil to their leaves? Explain it step by step.",
+    ),
+    (
+        "I would like to sleep better. What can I do?",
+        """Good sleep begins long before you go to bed. First, keep regular hours: get up at the
+same time every day, even on weekends, so that your body knows when to be tired. Second,
+get daylight in the morning and some exercise during the day, but not in the last two
+hours before bedtime. Third, be careful with coffee and tea in the afternoon, because
+caffeine stays in the blood for many hours, and do not drink alcohol late in the
+evening, because it makes sleep shallow. Fourth, make the bedroom dark, quiet and cool,
+and leave the telephone in another room. If you cannot fall asleep after twenty minutes,
+get up, read something calm under a dim light, and go back to bed when you feel sleepy.
+Finally, do not worry about a single bad night: it happens to everybody, and the body
+makes up for it.""",
+        "What are the benefits of regular exercise? Give me five of them and explain each one.",
+    ),
+    (
+        "Can you tell me about the Roman Empire?",
+        """The Roman Empire began in 27 BC, when Octavian received the title Augustus and became
+the first emperor. At its greatest extent, under Trajan in the year 117, it reached from
+Britain to Mesopotamia and from the Rhine to the Sahara. Its people built roads, bridges
+and aqueducts, many of which still stand, and its law became the model for much of
+Europe. Latin, the language of Rome, lives on in Italian, French, Spanish, Portuguese
+and Romanian. For two centuries the empire was mostly at peace, and trade flourished
+around the Mediterranean. In the third century it was shaken by civil wars, inflation
+and attacks from outside. Diocletian divided its administration into an eastern and a
+western half. The western half came to an end in 476, while the eastern half, with its
+capital Constantinople, lasted for almost another thousand years.""",
+        "Why did the western half of the empire fall? Give me five reasons and explain each one.",
+    ),
+    (
+        "Please write the beginning of a story about a lighthouse.",
+        """The lighthouse stood at the end of a long spit of sand, and for thirty years the same
+man had lived in it. Every evening he climbed the hundred and forty steps to the lamp,
+and every morning he climbed down again, made tea, and wrote one line in a book: the
+wind, the waves, the ships that had passed. In all that time he had never missed a line.
+Then one morning in November, when the fog was so thick that he could not see his own
+boots, he opened the door and found a small wooden boat on the sand, with no oars and no
+name, and in it a girl of about ten years, fast asleep under a sail. She had a brass key
+on a string around her neck. He carried her inside, put her by the stove, and wrote in
+his book: fog, no wind, no ships, one visitor. When she woke up, she looked at the
+stairs and asked him whether the lamp was still burning.""",
+        "How does one write a good story? Give me five tips and explain each one.",
+    ),
+    (
+        "What should I know before I adopt a dog?",
+        """A dog is a friend for ten to fifteen years, so it is good to think it over. A dog needs
+time: at least two walks a day in any weather, play, training, and company, because dogs
+do not like to be alone for long. It also costs money: food, a bed, a leash,
+vaccinations, insurance and visits to the vet. Ask yourself who will look after it when
+you are ill or on holiday, and whether your landlord allows pets. Then think about the
+kind of dog. A young dog has to be taught everything, while an older one from a shelter
+often knows how to live in a house and is grateful for a quiet home. Large dogs need
+space, and working breeds need a task. Visit the dog several times before you decide,
+take the whole family along, and ask the people of the shelter what it is like with
+children, with cats and with strangers.""",
+        "How do I train a young dog? Give me five tips and explain each one.",
+    ),
 )
 
 
-def encoded(tokenizer) -> list[list[int]]:
-    """The prompts as a chat: over 200 tokens each."""
-    chats = ([{"role": "user", "content": text.replace("\n", " ")}] for text in PROMPTS)
-    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+def prompts(tokenizer) -> list[list[int]]:
+    """The chats as token ids, over 200 each."""
+    roles = ("user", "assistant", "user")
+    for chat in CHATS:
+        turns = [
+            {"role": role, "content": text.replace("\n", " ")}
+            for role, text in zip(roles, chat, strict=True)
+        ]
+        yield tokenizer.apply_chat_template(turns, add_generation_prompt=True)
 
 
 def answer(model, tokenizer, prompt, **options):
@@ -95,10 +116,10 @@ def variety(tokens: list[int]) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--max-tokens", type=int, default=220)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
     args = parser.parse_args()
     model, tokenizer = demo_model.load()
-    for number, prompt in enumerate(encoded(tokenizer), 1):
+    for number, prompt in enumerate(prompts(tokenizer), 1):
         print(f"\n## prompt {number}, {len(prompt)} tokens")
         reference = None
         for preset in (None, *args.presets):

@@ -31,3 +31,12 @@ def test_nothing_is_done_elsewhere(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: pytest.fail("loaded"))
     assert openblas.preload() is None
+
+
+def test_the_command_line_passes_the_complaint_on_and_goes_on(monkeypatch, capsys):
+    from vllm_metal_tq.cli import main
+
+    monkeypatch.setattr(openblas, "preload", lambda: "slow: because")
+    assert main(["generate", "--model", "demo", "--preset", "none"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("slow: because\nerror: preset 'none' is unknown")

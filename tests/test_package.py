@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,16 @@ def test_help_and_version_need_no_model(capsys):
             main(flags)
         assert stop.value.code == 0
         assert words in capsys.readouterr().out
+
+
+def test_the_wheel_holds_the_shaders_the_text_and_the_licence(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir"]
+    subprocess.run([*command, str(tmp_path), str(root)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    shaders = {f"vllm_metal_tq/metal/{file.name}" for file in (root / "metal").iterdir()}
+    assert shaders <= set(names)
+    assert "vllm_metal_tq/data/alice.txt" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "docs/", "benchmarks/")) for name in names)

@@ -41,7 +41,7 @@ def load():
     """Load the demo model, fetching and converting it at first use.
 
     On the CPU the weights become float32, the one dtype that a BLAS multiplies fast; on a GPU
-    they stay as they are, 4 bits.
+    they stay quantised, with float16 activations.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` does.
@@ -56,7 +56,9 @@ def load():
     if mx.default_device() == mx.Device(mx.cpu):
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
+    else:
+        model.set_dtype(mx.float16)
+    mx.eval(model.parameters())
     return model, tokenizer
 
 

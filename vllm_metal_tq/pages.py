@@ -99,9 +99,10 @@ class BlockTable:
         """Store the rows of new tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
         end = self.num_tokens + rows.shape[1]
         self.blocks += self.pool.allocate(-(-end // self._block_size) - len(self.blocks))
-        token = np.arange(self.num_tokens, end)
-        block = np.array(self.blocks)[token // self._block_size]
-        self.pool.write(block * self._block_size + token % self._block_size, rows)
+        first = self.num_tokens // self._block_size
+        index, place = np.divmod(np.arange(self.num_tokens, end), self._block_size)
+        blocks = np.array(self.blocks[first:])  # not the whole table, which may be long
+        self.pool.write(blocks[index - first] * self._block_size + place, rows)
         self.num_tokens = end
 
     def read(self, num_tokens: int) -> mx.array:

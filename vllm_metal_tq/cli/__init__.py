@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for bad input, 130 for an interrupt."""
     args = _parser().parse_args(argv)
     # Before the first import of mlx, which the commands do in run().
-    if complaint := openblas.preload():
+    if (complaint := openblas.preload()) and _on_cpu():
         print(complaint, file=sys.stderr)
     try:
         _COMMANDS[args.command].run(args)
@@ -26,6 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _on_cpu() -> bool:
+    import mlx.core as mx
+
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def _parser() -> argparse.ArgumentParser:
