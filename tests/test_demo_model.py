@@ -3,8 +3,11 @@ import subprocess
 from importlib.resources import files
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from mlx_lm import generate
+from mlx.utils import tree_flatten
+from mlx_lm import generate, load
+from models import llama, tokens
 
 from vllm_metal_tq import demo_model, make_prompt_cache
 
@@ -47,6 +50,68 @@ def test_english_is_likely_under_it(demo):
     logits = model(ids[None, :-1])[0]
     target = mx.take_along_axis(logits, ids[1:, None], axis=1)[:, 0]
     assert mx.exp((mx.logsumexp(logits, axis=-1) - target).mean()).item() < 40
+
+
+def as_gguf(model):
+    """The weights of a small llama as llama.cpp would store them, and their metadata."""
+    args = model.args
+    names = {ours: gguf for gguf, ours in demo_model._LAYER_NAMES.items()}
+    heads = {"q_proj": args.num_attention_heads, "k_proj": args.num_key_value_heads}
+    weights = {}
+    for name, array in tree_flatten(model.parameters()):
+        module, kind = name.removeprefix("model.").rsplit(".", 1)
+        if module.startswith("layers."):
+            _, layer, part = module.split(".", 2)
+            if (projection := part.split(".")[-1]) in heads:
+                rows = array.reshape(heads[projection], 2, -1, array.shape[-1])
+                array = rows.swapaxes(1, 2).reshape(array.shape)  # pairs become neighbours
+            weights[f"blk.{layer}.{names[part]}.{kind}"] = array
+        else:
+            weights[f"{ {'embed_tokens': 'token_embd', 'norm': 'output_norm'}[module] }.{kind}"] = (
+                array
+            )
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    numbers = {
+        "llama.embedding_length": args.hidden_size,
+        "llama.block_count": args.num_hidden_layers,
+        "llama.feed_forward_length": args.intermediate_size,
+        "llama.attention.head_count": args.num_attention_heads,
+        "llama.attention.head_count_kv": args.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": args.rms_norm_eps,
+        "llama.rope.freq_base": args.rope_theta,
+        "llama.context_length": args.max_position_embeddings,
+        "llama.vocab_size": args.vocab_size,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    metadata = {key: mx.array(number) for key, number in numbers.items()} | {
+        "tokenizer.ggml.tokens": [*control, *map(chr, range(33, 127))],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.token_type": mx.array([3] * 3 + [1] * 94),
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+    return weights, metadata
+
+
+def test_a_converted_model_computes_what_the_original_does(tmp_path, monkeypatch):
+    original = llama(head_dim=16)
+
+    def scheme(path, module):
+        bits = 8 if "embed" in path else 4
+        return hasattr(module, "to_quantized") and {"group_size": 32, "bits": bits}
+
+    nn.quantize(original, class_predicate=scheme)
+    gguf = as_gguf(original)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "load", lambda *_, **__: gguf)
+        demo_model.convert(tmp_path / "model.gguf", tmp_path / "converted")
+    model, tokenizer = load(str(tmp_path / "converted"))
+    ids = tokens(12)
+    assert mx.allclose(model(ids), original(ids), atol=1e-5)
+    assert tokenizer.encode("<|im_start|>a1") == [1, 3 + ord("a") - 33, 3 + ord("1") - 33]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == "b"
 
 
 def test_the_converted_folder_is_kept_and_checked(demo, tmp_path, monkeypatch):
