@@ -78,6 +78,7 @@ class PageLayout:
         """Stored bits per key or value element, scales and padding included."""
         return 8 * self.page_bytes / (2 * self.head_dim * self.config.block_size)
 
+    @property
     def bf16_page_bytes(self) -> int:
         """Bytes that the same block takes uncompressed, as bf16 keys and values."""
         return 2 * 2 * self.head_dim * self.config.block_size

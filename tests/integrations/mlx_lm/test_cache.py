@@ -10,9 +10,7 @@ from models import llama, tokens
 from vllm_metal_tq import (
     TurboQuantConfig,
     TurboQuantKVCache,
-    load_prompt_cache,
     make_prompt_cache,
-    save_prompt_cache,
 )
 from vllm_metal_tq.config import PRESETS
 from vllm_metal_tq.integrations.mlx_lm import report
@@ -131,20 +129,6 @@ def test_a_copy_is_independent(model):
     assert np.array_equal(np.array(other[0].table.read(20)), before)
 
 
-def test_bytes_reported_are_bytes_allocated(model):
-    cache = make_prompt_cache(model, TurboQuantConfig.from_names("tq4"))
-    assert report(cache).kv_bytes == 0
-    model(tokens(300), cache=cache)
-    dense = host.make_prompt_cache(model)
-    model(tokens(300), cache=dense)
-    held = report(cache)
-    assert held.kv_bytes == sum(c.pool.pages.nbytes for c in cache) == 3 * 2 * 512 * 68
-    # mlx_lm's cache has room for as many tokens, in float32 here.
-    assert held.kv_bytes_bf16 == sum(c.nbytes for c in dense) / 2
-    assert held.ratio == 256 / 68
-    assert (held.layers, held.layers_compressed) == (3, 3)
-
-
 def test_decoding_does_not_allocate_an_uncompressed_cache():
     model = llama(num_hidden_layers=8)
     cache = make_prompt_cache(model)
@@ -210,90 +194,3 @@ class TestBadInput:
     def test_a_head_dim_that_cannot_be_rotated_is_refused_before_anything_runs(self):
         with pytest.raises(ValueError, match="head_dim 4 cannot be rotated"):
             make_prompt_cache(llama(head_dim=4))
-
-
-class TestSavedCaches:
-    @pytest.fixture
-    def saved(self, model, tmp_path):
-        cache = make_prompt_cache(model, TurboQuantConfig(4, 3, 32))
-        model(tokens(PROMPT), cache=cache)
-        file = tmp_path / "prompt.safetensors"
-        save_prompt_cache(file, cache, {"note": "test"})
-        return file, cache
-
-    def test_reloaded_equals_never_saved(self, model, saved):
-        file, cache = saved
-        loaded = load_prompt_cache(file, model)
-        assert [c.config for c in loaded] == [TurboQuantConfig(4, 3, 32)] * 3
-        more = tokens(30, seed=3)[0]
-        assert greedy(model, loaded, more, 20) == greedy(model, cache, more, 20)
-        for a, b in zip(loaded, cache, strict=True):
-            assert mx.array_equal(a.table.read(b.size()), b.table.read(b.size()))
-
-    def test_mlx_lms_own_loader_reads_it(self, model, saved):
-        file, cache = saved
-        loaded = host.load_prompt_cache(str(file))
-        assert mx.array_equal(loaded[1].table.read(PROMPT), cache[1].table.read(PROMPT))
-
-    def test_a_cache_that_dropped_tokens_survives(self, model, tmp_path):
-        cache = make_prompt_cache(model, max_kv_size=48)
-        for i in range(3):
-            model(tokens(30, seed=i), cache=cache)
-        save_prompt_cache(tmp_path / "c.safetensors", cache)
-        loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
-        assert loaded[0].offset == 90
-        assert loaded[0].max_tokens == 48
-        assert greedy(model, loaded) == greedy(model, cache)
-
-    def test_an_empty_cache_survives(self, model, tmp_path):
-        save_prompt_cache(tmp_path / "c.safetensors", make_prompt_cache(model))
-        loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
-        assert greedy(model, loaded) == greedy(model, make_prompt_cache(model))
-
-    def test_a_missing_file_is_named(self, model, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors'?: no such file"):
-            load_prompt_cache(tmp_path / "nowhere.safetensors", model)
-
-    @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.9999])
-    def test_a_file_cut_short_is_refused(self, model, saved, share):
-        file, _ = saved
-        data = file.read_bytes()
-        file.write_bytes(data[: int(share * len(data))])
-        with pytest.raises(ValueError, match="is damaged or foreign"):
-            load_prompt_cache(file, model)
-
-    @pytest.mark.parametrize("content", [b"not a cache", b"\0" * 4096])
-    def test_a_file_of_another_kind_is_refused(self, model, tmp_path, content):
-        file = tmp_path / "x.safetensors"
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match="is damaged or foreign"):
-            load_prompt_cache(file, model)
-
-    def test_safetensors_without_a_cache_are_refused(self, model, tmp_path):
-        file = tmp_path / "weights.safetensors"
-        mx.save_safetensors(str(file), {"weight": mx.zeros((3,))})
-        with pytest.raises(ValueError, match="is damaged or foreign"):
-            load_prompt_cache(file, model)
-
-    def test_another_models_cache_is_refused(self, saved):
-        file, _ = saved
-        with pytest.raises(ValueError, match="was made by another model"):
-            load_prompt_cache(file, llama(head_dim=128))
-        with pytest.raises(ValueError, match="was made by another model"):
-            load_prompt_cache(file, llama(num_hidden_layers=2))
-
-    def test_an_uncompressed_cache_is_refused(self, model, tmp_path):
-        cache = host.make_prompt_cache(model)
-        model(tokens(5), cache=cache)
-        host.save_prompt_cache(str(tmp_path / "dense.safetensors"), cache)
-        with pytest.raises(ValueError, match="was made by another model"):
-            load_prompt_cache(tmp_path / "dense.safetensors", model)
-
-    @pytest.mark.parametrize(
-        ("place", "number"), [(0, 2), (1, 7), (3, 24), (4, 72), (5, 3), (8, 41), (8, -1), (-1, 99)]
-    )
-    def test_a_header_that_contradicts_its_pages_is_refused(self, model, saved, place, number):
-        pages, header = saved[1][0].state
-        header[place] = number
-        with pytest.raises(ValueError, match=r"unknown|do not fit"):
-            TurboQuantKVCache.from_state((pages, header))

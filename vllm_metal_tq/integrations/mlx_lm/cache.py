@@ -1,24 +1,14 @@
-"""The compressed cache as one of mlx_lm's prompt caches.
-
-``mlx_lm.generate(model, tokenizer, prompt, prompt_cache=make_prompt_cache(model))`` is all that a
-script changes.
-"""
+"""The compressed cache of one layer, with the methods that mlx_lm expects of a cache."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm.models.cache as host
-from mlx.utils import tree_flatten
 
-from .. import attention, codec
-from ..config import TurboQuantConfig
-from ..layout import PageLayout
-from ..pages import BlockTable, PagePool
-from . import mlx_lm_hook as hook
+from ... import attention, codec
+from ...config import TurboQuantConfig
+from ...layout import PageLayout
+from ...pages import BlockTable, PagePool
 
 STATE_VERSION = 1
 
@@ -27,7 +17,7 @@ class TurboQuantKVCache(host._BaseCache):
     """The keys and values of one layer of one sequence, compressed in pages.
 
     ``update_and_fetch`` stores a chunk and hands it back as it came; the attention that follows
-    (see ``mlx_lm_hook``) reads everything older from the pages.
+    (see ``hook``) reads everything older from the pages.
 
     Args:
         config: widths and block size.
@@ -134,7 +124,7 @@ class TurboQuantKVCache(host._BaseCache):
     @property
     def nbytes_bf16(self) -> int:
         """Bytes that the same token slots take in bf16."""
-        return self.pool.num_blocks * self.pool.num_kv_heads * self.layout.bf16_page_bytes()
+        return self.pool.num_blocks * self.pool.num_kv_heads * self.layout.bf16_page_bytes
 
     @property
     def state(self) -> tuple[mx.array, mx.array]:
@@ -172,7 +162,8 @@ class TurboQuantKVCache(host._BaseCache):
         cache = cls(config, head_dim, num_kv_heads, max_tokens or None)
         blocks = numbers[8:]
         fits = (
-            pages.shape[1:] == cache.pool.pages.shape[1:]
+            pages.dtype == mx.uint8
+            and pages.shape[1:] == cache.pool.pages.shape[1:]
             and len(set(blocks)) == len(blocks) == -(-count // block_size)
             and all(0 <= block < pages.shape[0] for block in blocks)
             and 0 <= count <= offset
@@ -183,137 +174,3 @@ class TurboQuantKVCache(host._BaseCache):
         cache.table.blocks, cache.table.num_tokens = blocks, count
         cache.offset = offset
         return cache
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What a prompt cache holds.
-
-    Attributes:
-        layers: caches in the prompt cache.
-        layers_compressed: how many of them are compressed.
-        kv_bytes: bytes allocated, the other caches included.
-        kv_bytes_bf16: the same with bf16 in place of the compressed caches.
-    """
-
-    layers: int
-    layers_compressed: int
-    kv_bytes: int
-    kv_bytes_bf16: int
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the cache is than with bf16."""
-        return self.kv_bytes_bf16 / self.kv_bytes if self.kv_bytes else 1.0
-
-
-def report(prompt_cache: list) -> CacheReport:
-    """Add up what ``prompt_cache`` holds."""
-    ours = [c for c in prompt_cache if isinstance(c, TurboQuantKVCache)]
-    others = [c for c in prompt_cache if not isinstance(c, TurboQuantKVCache)]
-    arrays = (x for c in others for _, x in tree_flatten(c.state) if isinstance(x, mx.array))
-    dense = sum(x.nbytes for x in arrays)
-    return CacheReport(
-        layers=len(prompt_cache),
-        layers_compressed=len(ours),
-        kv_bytes=dense + sum(c.nbytes for c in ours),
-        kv_bytes_bf16=dense + sum(c.nbytes_bf16 for c in ours),
-    )
-
-
-def make_prompt_cache(
-    model: nn.Module,
-    config: TurboQuantConfig | None = None,
-    max_kv_size: int | None = None,
-) -> list:
-    """Make a prompt cache for ``mlx_lm.generate``, ``stream_generate`` and chat.
-
-    Layers of plain attention get a ``TurboQuantKVCache``; the others (sliding window, SSM, MLA,
-    layers that share their keys) keep the cache that mlx_lm gives them.
-
-    Args:
-        model: a model that mlx_lm has loaded.
-        config: widths; ``TurboQuantConfig.from_names()``, the default preset, where None.
-        max_kv_size: tokens that a layer keeps, as mlx_lm's flag of that name: beyond it the
-            oldest blocks but the first are dropped.
-
-    Raises:
-        ValueError: a head_dim cannot be rotated, or ``max_kv_size`` is below two blocks.
-    """
-    config = config or TurboQuantConfig.from_names()
-    hook.install(model, TurboQuantKVCache)
-    caches = host.make_prompt_cache(model, max_kv_size)
-    return [
-        cache if shape is None else TurboQuantKVCache(config, *shape, max_tokens=max_kv_size)
-        for cache, shape in zip(caches, _plain_attention(model), strict=True)
-    ]
-
-
-def save_prompt_cache(file_name: str, prompt_cache: list, metadata: dict | None = None) -> None:
-    """Save ``prompt_cache`` with ``metadata`` (strings), as ``mlx_lm.models.cache`` does."""
-    host.save_prompt_cache(str(file_name), prompt_cache, metadata or {})
-
-
-def load_prompt_cache(file_name: str, model: nn.Module) -> list:
-    """Load what ``save_prompt_cache`` wrote, for use with ``model``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is no prompt cache, or belongs to another model.
-    """
-    if not Path(file_name).is_file():
-        raise FileNotFoundError(f"prompt cache {str(file_name)!r}: no such file")
-    hook.install(model, TurboQuantKVCache)
-    try:
-        prompt_cache = host.load_prompt_cache(str(file_name))
-        mx.eval([cache.state for cache in prompt_cache])  # reads the file to its end
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"prompt cache {str(file_name)!r} is damaged or foreign: {e}") from e
-    expected = [_signature(cache) for cache in make_prompt_cache(model)]
-    if [_signature(cache) for cache in prompt_cache] != expected:
-        raise ValueError(f"prompt cache {str(file_name)!r} was made by another model")
-    return prompt_cache
-
-
-def _signature(cache) -> tuple:
-    if isinstance(cache, TurboQuantKVCache):
-        return (cache.layout.head_dim, cache.pool.num_kv_heads)
-    return (type(cache).__name__,)
-
-
-class _Probe(host.KVCache):
-    """A dense cache that records how a layer uses it."""
-
-    def __init__(self):
-        super().__init__()
-        self.updates: list[tuple] = []
-        self.attentions: list[tuple] = []
-
-    def update_and_fetch(self, keys, values):
-        self.updates.append((keys.shape, values.shape))
-        return super().update_and_fetch(keys, values)
-
-    def attend(self, queries, keys, values, scale, mask, sinks):
-        self.attentions.append((queries.shape, keys.shape, values.shape))
-        return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
-
-    def shape(self) -> tuple[int, int] | None:
-        """(head_dim, num_kv_heads) where the layer is plain attention, else None."""
-        if len(self.updates) != 1 or len(self.attentions) != 1:
-            return None
-        (stored, stored_values), (queries, keys, values) = self.updates[0], self.attentions[0]
-        if not stored == stored_values == keys == values or queries[3] != keys[3]:
-            return None
-        return keys[3], keys[1]
-
-
-def _plain_attention(model: nn.Module) -> list[tuple[int, int] | None]:
-    """(head_dim, num_kv_heads) of each of the model's caches, None where it cannot be replaced.
-
-    Found by building the graph of one token and never evaluating it: a layer qualifies if it
-    stores keys and values of one shape once and attends to them once.
-    """
-    caches = host.make_prompt_cache(model)
-    probes = [_Probe() if type(cache) is host.KVCache else cache for cache in caches]
-    model(mx.zeros((1, 1), mx.int32), cache=probes)
-    return [probe.shape() if isinstance(probe, _Probe) else None for probe in probes]

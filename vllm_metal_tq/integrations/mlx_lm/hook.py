@@ -13,6 +13,8 @@ import mlx.nn as nn
 import mlx_lm.models.base as base
 import mlx_lm.models.cache as host
 
+from .cache import TurboQuantKVCache
+
 _NAME = "scaled_dot_product_attention"
 
 dense_attention = base.scaled_dot_product_attention
@@ -28,27 +30,26 @@ def _attention(queries, keys, values, cache, scale, mask, sinks=None):
     return attend(queries, keys, values, scale, mask, sinks)
 
 
-def install(model: nn.Module, cache_class: type) -> None:
+def install(model: nn.Module) -> None:
     """Reach every loaded module, and the model's own where it came from a file.
 
     Modules imported later take the replacement from ``mlx_lm.models.base``. Doing it again
-    changes nothing. ``cache_class`` becomes known to mlx_lm's ``load_prompt_cache``.
+    changes nothing. mlx_lm's own ``load_prompt_cache`` comes to know the cache class as well.
     """
     for namespace in [*_loaded(), *_own(model)]:
         if namespace.get(_NAME) is dense_attention:
             namespace[_NAME] = _attention
             _rebound[id(namespace)] = namespace
-    setattr(host, cache_class.__name__, cache_class)
+    host.TurboQuantKVCache = TurboQuantKVCache
 
 
-def uninstall(cache_class: type) -> None:
+def uninstall() -> None:
     """Put everything back as it was before ``install``."""
     for namespace in [*_loaded(), *_rebound.values()]:
         if namespace.get(_NAME) is _attention:
             namespace[_NAME] = dense_attention
     _rebound.clear()
-    if hasattr(host, cache_class.__name__):
-        delattr(host, cache_class.__name__)
+    vars(host).pop("TurboQuantKVCache", None)
 
 
 def _own(model: nn.Module) -> list[dict]:

@@ -1,0 +1,125 @@
+"""Which layers are compressed; the others keep mlx_lm's own cache, and the model runs."""
+
+import mlx.core as mx
+import mlx_lm.models.cache as host
+from models import build, tokens
+
+from vllm_metal_tq import TurboQuantKVCache, make_prompt_cache
+from vllm_metal_tq.integrations.mlx_lm import report
+
+
+def run(model, compressed, layers):
+    theirs = [type(cache) for cache in host.make_prompt_cache(model)]
+    cache = make_prompt_cache(model)
+    for chunk in (tokens(20), tokens(1), tokens(3)):
+        assert mx.isfinite(model(chunk, cache=cache)).all()
+    held = report(cache)
+    assert (held.layers_compressed, held.layers) == (compressed, layers)
+    for ours, kind in zip(cache, theirs, strict=True):
+        assert type(ours) in (kind, TurboQuantKVCache)
+    return cache
+
+
+def test_sliding_window_layers_keep_their_cache():
+    pattern = ["sliding_attention", "full_attention"] * 2
+    model = build("llama", head_dim=64, num_hidden_layers=4, layer_types=pattern, sliding_window=8)
+    cache = run(model, 2, 4)
+    assert [type(c).__name__ for c in cache] == ["RotatingKVCache", "TurboQuantKVCache"] * 2
+
+
+def test_attention_sinks_reach_our_attention():
+    model = build(
+        "gpt_oss",
+        head_dim=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        num_hidden_layers=2,
+        rope_scaling=None,
+    )
+    for layer in model.layers:
+        layer.self_attn.sinks = mx.array([1.0, 2.0, -1.0, 0.5])
+    chunks = [tokens(20), tokens(1)]
+    dense = host.make_prompt_cache(model)
+    exact = [model(c, cache=dense) for c in chunks][1]
+    cache = run(model, 1, 2)
+    cache = make_prompt_cache(model)
+    ours = [model(c, cache=cache) for c in chunks][1]
+    for layer in model.layers:
+        layer.self_attn.sinks = mx.zeros((4,)) - 100
+    no_sinks = host.make_prompt_cache(model)
+    without = [model(c, cache=no_sinks) for c in chunks][1]
+    assert mx.abs(ours - exact).max() < 0.2 * mx.abs(without - exact).max()
+
+
+def test_latent_attention_keeps_its_cache():
+    model = build(
+        "deepseek_v3",
+        kv_lora_rank=32,
+        q_lora_rank=None,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=None,
+        n_shared_experts=None,
+        num_key_value_heads=4,
+        first_k_dense_replace=3,
+        moe_intermediate_size=32,
+    )
+    run(model, 0, 3)
+
+
+def test_state_space_layers_keep_their_cache():
+    model = build(
+        "qwen3_next",
+        head_dim=64,
+        num_hidden_layers=4,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        num_experts=0,
+        num_experts_per_tok=1,
+        decoder_sparse_step=1,
+        shared_expert_intermediate_size=32,
+        mlp_only_layers=[],
+        moe_intermediate_size=32,
+        partial_rotary_factor=0.25,
+        full_attention_interval=4,
+    )
+    run(model, 1, 4)
+
+
+def test_layers_that_share_keys_keep_their_cache():
+    text = {
+        "model_type": "gemma3n_text",
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 97,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 97,
+        "sliding_window": 8,
+        "max_position_embeddings": 512,
+        "rope_local_base_freq": 1e4,
+        "rope_theta": 1e6,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": None,
+        "hidden_size_per_layer_input": 16,
+        "altup_num_inputs": 2,
+        "altup_coef_clip": None,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
+        "laurel_rank": 8,
+        "rope_scaling": None,
+        "slide_window": 8,
+        "query_pre_attn_scalar": 64.0,
+    }
+    run(build("gemma3n", text_config=text), 0, 2)

@@ -1,0 +1,23 @@
+"""The compressed cache as one of mlx_lm's prompt caches.
+
+``mlx_lm.generate(model, tokenizer, prompt, prompt_cache=make_prompt_cache(model))`` is all that a
+script changes.
+"""
+
+from .cache import TurboQuantKVCache
+from .prompt_cache import (
+    CacheReport,
+    load_prompt_cache,
+    make_prompt_cache,
+    report,
+    save_prompt_cache,
+)
+
+__all__ = [
+    "CacheReport",
+    "TurboQuantKVCache",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "report",
+    "save_prompt_cache",
+]
