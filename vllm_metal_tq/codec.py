@@ -18,9 +18,9 @@ from .codebook import Gaussian, Uniform, key_codebook, value_codebook
 from .layout import PLANE_BITS, PageLayout
 from .rotation import rotate
 
-# Scales tried per vector. For keys, the outermost cell as a fraction of the largest element:
-# as good as multiples of the RMS up to 4 bits, and 10-30 % less error from 5. For values,
-# multiples of the RMS for which the codebook is made. Figures: docs/codec.md.
+# Steps tried per vector. For keys, the outermost cell as a fraction of the largest element: as
+# good as multiples of the RMS up to 4 bits and better above. For values, multiples of the RMS,
+# for which the codebook is made. Figures: docs/codec.md.
 KEY_CLIPS = (0.55, 0.62, 0.70, 0.78, 0.86, 0.93, 1.0)
 VALUE_STRETCHES = (0.80, 0.88, 0.94, 1.0, 1.06, 1.12, 1.20)
 
