@@ -1,6 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from rows import decoded
 
 from vllm_metal_tq import attention, codec
 from vllm_metal_tq.config import TurboQuantConfig
@@ -24,7 +25,7 @@ def compressed(length, kv_heads, head_dim, bits=4, seed=7):
         return (mx.zeros((1, kv_heads, 0, head_dim)),) * 2
     page = PageLayout(TurboQuantConfig(bits, bits), head_dim)
     k, v = (normal(1, kv_heads, length, head_dim, seed=seed + i) for i in (0, 1))
-    return codec.decode(codec.encode(k, v, page), page)
+    return decoded(codec.encode(k, v, page), page)
 
 
 def exact(q, k, v, past, visible, sinks=None):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lloyd_max import distortion, lloyd_max
+from rows import decoded
 
 from vllm_metal_tq import codec
 from vllm_metal_tq.config import WIDTHS, TurboQuantConfig
@@ -25,7 +26,7 @@ def layout(k_bits=4, v_bits=4, head_dim=128):
 
 
 def round_trip(keys, values, page):
-    return codec.decode(codec.encode(keys, values, page), page)
+    return decoded(codec.encode(keys, values, page), page)
 
 
 def relative_error(x, y):
@@ -37,31 +38,31 @@ def relative_error(x, y):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_value_error_is_within_2_5_percent_of_lloyd_max(bits, head_dim):
     values = normal(4096, head_dim, seed=bits)
-    _, decoded = round_trip(values, values, layout(v_bits=bits, head_dim=head_dim))
-    assert relative_error(rotate(values), decoded) < 1.025 * distortion(lloyd_max(bits))
+    _, restored = round_trip(values, values, layout(v_bits=bits, head_dim=head_dim))
+    assert relative_error(rotate(values), restored) < 1.025 * distortion(lloyd_max(bits))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_key_error_is_within_2_percent_of_the_uniform_optimum(bits, head_dim):
     keys = normal(4096, head_dim, seed=bits)
-    decoded, _ = round_trip(keys, keys, layout(k_bits=bits, head_dim=head_dim))
-    assert relative_error(rotate(keys), decoded) < 1.02 * UNIFORM_OPTIMUM[bits]
+    restored, _ = round_trip(keys, keys, layout(k_bits=bits, head_dim=head_dim))
+    assert relative_error(rotate(keys), restored) < 1.02 * UNIFORM_OPTIMUM[bits]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_values_keep_their_norm(bits):
     values = normal(512, 128)
-    _, decoded = round_trip(values, values, layout(v_bits=bits))
-    ratio = mx.linalg.norm(decoded, axis=-1) / mx.linalg.norm(values, axis=-1)
+    _, restored = round_trip(values, values, layout(v_bits=bits))
+    ratio = mx.linalg.norm(restored, axis=-1) / mx.linalg.norm(values, axis=-1)
     assert mx.abs(ratio - 1).max().item() < 1e-3  # fp16 rounding of the scale
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_key_scales_are_least_squares(bits):
     keys = normal(512, 128)
-    decoded, _ = round_trip(keys, keys, layout(k_bits=bits))
-    dot, square = (rotate(keys) * decoded).sum(axis=-1), mx.square(decoded).sum(axis=-1)
+    restored, _ = round_trip(keys, keys, layout(k_bits=bits))
+    dot, square = (rotate(keys) * restored).sum(axis=-1), mx.square(restored).sum(axis=-1)
     assert mx.abs(dot / square - 1).max().item() < 1e-3
 
 
@@ -77,7 +78,7 @@ def test_rows_hold_what_the_codecs_made(k_bits, v_bits):
 
     k_codes, k_scale = codec.encode_keys(rotate(keys), k_bits)
     v_codes, v_scale = codec.encode_values(rotate(values), v_bits)
-    decoded_keys, decoded_values = codec.decode(rows, page)
+    decoded_keys, decoded_values = decoded(rows, page)
     assert mx.array_equal(decoded_keys, key_codebook(k_bits).levels(k_codes) * k_scale[..., None])
     assert mx.array_equal(
         decoded_values, value_codebook(v_bits).levels(v_codes) * v_scale[..., None]

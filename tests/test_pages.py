@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from rows import rows_of
 
 from vllm_metal_tq.config import BLOCK_SIZES, TurboQuantConfig
 from vllm_metal_tq.layout import PageLayout
@@ -28,7 +29,7 @@ def test_rows_come_back_as_they_went_in(block_size, chunks):
     rows = [random_rows(table.pool, n, seed) for seed, n in enumerate(chunks)]
     for piece in rows:
         table.append(piece)
-    assert mx.array_equal(table.read(sum(chunks)), mx.concatenate(rows, axis=1))
+    assert np.array_equal(rows_of(table, sum(chunks)), mx.concatenate(rows, axis=1))
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -53,8 +54,8 @@ def test_blocks_need_not_be_in_order():
         first.append(rows[0][:, start : start + 16])
         second.append(rows[1][:, start : start + 16])
     assert first.blocks == [0, 2, 4, 6]
-    assert mx.array_equal(first.read(64), rows[0])
-    assert mx.array_equal(second.read(64), rows[1])
+    assert np.array_equal(rows_of(first, 64), rows[0])
+    assert np.array_equal(rows_of(second, 64), rows[1])
 
 
 def test_an_append_changes_no_other_token():
@@ -101,7 +102,7 @@ def test_trimmed_blocks_are_used_again():
     rows = random_rows(table.pool, 246, seed=3)
     table.append(rows)
     assert table.pool.num_blocks * 16 == GROWTH_TOKENS
-    assert mx.array_equal(table.read(256)[:, 10:], rows)
+    assert np.array_equal(rows_of(table, 256)[:, 10:], rows)
 
 
 def test_eviction_drops_the_oldest_blocks_but_the_first():
@@ -112,7 +113,7 @@ def test_eviction_drops_the_oldest_blocks_but_the_first():
     table.evict(17)
     assert table.num_tokens == 38
     expected = mx.concatenate([rows[:, :16], rows[:, 48:]], axis=1)
-    assert mx.array_equal(table.read(38), expected)
+    assert np.array_equal(rows_of(table, 38), expected)
 
 
 def test_eviction_never_drops_the_first_block_or_a_part_of_one():
@@ -158,7 +159,7 @@ class TablesAgainstLists(RuleBasedStateMachine):
     def both_hold_what_the_lists_hold(self):
         for table, rows in zip(self.tables, self.lists, strict=True):
             assert table.num_tokens == rows.shape[1]
-            assert np.array_equal(np.array(table.read(table.num_tokens)), rows)
+            assert np.array_equal(rows_of(table), rows)
 
     @invariant()
     def every_block_is_free_or_in_one_table(self):

@@ -7,6 +7,8 @@ chunk are rotated to meet it, and only the output is rotated back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from .rotation import rotate, unrotate
@@ -18,7 +20,7 @@ def attend(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    past: tuple[mx.array, mx.array],
+    past: Sequence[mx.array],
     *,
     scale: float,
     mask: Mask = None,

@@ -1,4 +1,6 @@
-"""Encode keys and values into packed rows and back, in plain MLX ops: the oracle of every kernel.
+"""Encode keys and values into packed rows, and decode pages of them, in plain MLX ops.
+
+This is the oracle of every kernel.
 
 Both codecs rotate a head vector, try a few scales, keep the codes whose levels point most nearly
 in the vector's direction, and store one fp16 scale. They differ in the codebook and in the scale:
@@ -9,8 +11,6 @@ A zero vector, or one whose scale is below fp16's smallest number, decodes to ze
 """
 
 from __future__ import annotations
-
-from itertools import accumulate
 
 import mlx.core as mx
 
@@ -63,17 +63,17 @@ def encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
     return rows
 
 
-def decode(rows: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
-    """Decompress rows.
+def decode(pages: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
+    """Decompress pages.
 
     Args:
-        rows: uint8 ``(..., row_bytes)``.
-        layout: the layout that they were encoded with.
+        pages: uint8 ``(..., page_bytes)``.
+        layout: the layout that their rows were encoded with.
 
     Returns:
-        Keys and values, float32 ``(..., dim)`` each, still rotated.
+        Keys and values, float32 ``(..., block_size, dim)`` each, still rotated.
     """
-    *planes, scales = mx.split(rows, list(accumulate(layout.plane_bytes)), axis=-1)
+    *planes, scales = layout.split(pages)
     scales = scales.view(mx.float16).astype(mx.float32)
     k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
     k_planes, v_planes = planes[: len(PLANE_BITS[k_bits])], planes[len(PLANE_BITS[k_bits]) :]
@@ -133,7 +133,8 @@ def _pack(codes: mx.array, bits: int) -> list[mx.array]:
     planes = []
     for width in PLANE_BITS[bits]:
         fields = (codes & (2**width - 1)).reshape(*codes.shape[:-1], -1, 8 // width)
-        planes.append((fields << _shifts(width)).sum(axis=-1).astype(mx.uint8))
+        shifts = mx.arange(0, 8, width, dtype=mx.uint8)
+        planes.append((fields << shifts).sum(axis=-1).astype(mx.uint8))
         codes = codes >> width
     return planes
 
@@ -142,14 +143,11 @@ def _unpack(planes: list[mx.array], bits: int) -> mx.array:
     """The inverse of ``_pack``."""
     codes, low = 0, 0
     for plane, width in zip(planes, PLANE_BITS[bits], strict=True):
-        fields = (plane[..., None] >> _shifts(width)) & (2**width - 1)
-        codes = codes + (fields.flatten(-2) << low)
+        # Shifting whole planes is three times faster on a CPU than broadcasting over shifts.
+        fields = [(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)]
+        codes = codes + (mx.stack(fields, axis=-1).flatten(-2) << low)
         low += width
     return codes
-
-
-def _shifts(width: int) -> mx.array:
-    return mx.arange(0, 8, width, dtype=mx.uint8)
 
 
 def _what_is_wrong(keys: mx.array, values: mx.array) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 
@@ -83,20 +82,29 @@ class PageLayout:
         """Bytes that the same block takes uncompressed, as bf16 keys and values."""
         return 2 * 2 * self.head_dim * self.config.block_size
 
+    def split(self, pages):
+        """Take pages apart; the one statement of where bytes lie.
+
+        Args:
+            pages: ``(..., page_bytes)``, of MLX or NumPy.
+
+        Returns:
+            A list of ``(..., block_size, n)``: each plane, key planes first, then the scales.
+        """
+        block_size = self.config.block_size
+        codes = pages[..., : self.code_bytes * block_size]
+        scales = pages[..., self.code_bytes * block_size :]
+        shape = pages.shape[:-1]
+        codes = codes.reshape(*shape, block_size // SUB_BLOCK, SUB_BLOCK * self.code_bytes)
+        parts, start = [], 0
+        for width in self.plane_bytes:
+            plane = codes[..., start : start + SUB_BLOCK * width]
+            parts.append(plane.reshape(*shape, block_size, width))
+            start += SUB_BLOCK * width
+        return [*parts, scales.reshape(*shape, block_size, SCALE_BYTES)]
+
     @cached_property
     def byte_offsets(self) -> np.ndarray:
         """Offset in the page of every row byte: uint32 ``(block_size, row_bytes)``."""
-        token = np.arange(self.config.block_size)[:, None]
-        sub_block, place = token // SUB_BLOCK, token % SUB_BLOCK
-        start = sub_block * SUB_BLOCK * self.code_bytes
-        columns = [
-            start + SUB_BLOCK * before + place * width + np.arange(width)
-            for before, width in zip(self._plane_starts, self.plane_bytes, strict=True)
-        ]
-        scales = self.code_bytes * self.config.block_size
-        columns.append(scales + token * SCALE_BYTES + np.arange(SCALE_BYTES))
-        return np.concatenate(columns, axis=1).astype(np.uint32)
-
-    @property
-    def _plane_starts(self) -> tuple[int, ...]:
-        return tuple(accumulate(self.plane_bytes, initial=0))[:-1]
+        offsets = np.arange(self.page_bytes, dtype=np.uint32)
+        return np.concatenate(self.split(offsets), axis=-1)

@@ -61,19 +61,9 @@ class PagePool:
         offsets = mx.array(self.layout.byte_offsets[place])
         self.pages[mx.array(block)[:, None], heads, offsets] = rows
 
-    def read(self, blocks: list[int], num_tokens: int) -> mx.array:
-        """Gather the rows of the first ``num_tokens`` tokens of ``blocks``.
-
-        Returns:
-            uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
-        """
-        block_size = self.layout.config.block_size
-        blocks = blocks[: -(-num_tokens // block_size)]
-        offsets = mx.array(self.layout.byte_offsets.reshape(-1))
-        rows = mx.take(self.pages[mx.array(blocks, mx.int32)], offsets, axis=-1)
-        page = (block_size, self.layout.row_bytes)
-        rows = rows.reshape(len(blocks), self.num_kv_heads, *page).swapaxes(0, 1)
-        return rows.flatten(1, 2)[:, :num_tokens]
+    def read(self, blocks: list[int]) -> mx.array:
+        """Gather the pages of ``blocks``: uint8 ``(num_kv_heads, len(blocks), page_bytes)``."""
+        return self.pages[mx.array(blocks, mx.int32)].swapaxes(0, 1)
 
     def _grow(self, missing: int) -> None:
         step = GROWTH_TOKENS // self.layout.config.block_size
@@ -106,8 +96,8 @@ class BlockTable:
         self.num_tokens = end
 
     def read(self, num_tokens: int) -> mx.array:
-        """Rows of the first tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
-        return self.pool.read(self.blocks, num_tokens)
+        """Pages that hold the first tokens: uint8 ``(num_kv_heads, num_pages, page_bytes)``."""
+        return self.pool.read(self.blocks[: -(-num_tokens // self._block_size)])
 
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from models import llama, tokens
+from rows import rows_of
 
 from vllm_metal_tq import (
     TurboQuantConfig,
@@ -97,7 +98,7 @@ def test_a_long_prompt_in_steps_equals_the_same_chunks(model):
     by_hand = make_prompt_cache(model)
     logits(model, by_hand, chunked(prompt, 32, 32, 5, 1))
     for a, b in zip(stepped, by_hand, strict=True):
-        assert mx.array_equal(a.table.read(70), b.table.read(70))
+        assert np.array_equal(rows_of(a.table, 70), rows_of(b.table, 70))
 
 
 def test_trimming_goes_back_to_the_earlier_state(model):
@@ -123,10 +124,10 @@ def test_a_copy_is_independent(model):
     cache = make_prompt_cache(model)
     model(tokens(20), cache=cache)
     other = copy.deepcopy(cache)
-    before = np.array(other[0].table.read(20))
+    before = rows_of(other[0].table, 20)
     model(tokens(20, seed=5), cache=cache)
     assert other[0].offset == 20
-    assert np.array_equal(np.array(other[0].table.read(20)), before)
+    assert np.array_equal(rows_of(other[0].table, 20), before)
 
 
 def test_decoding_does_not_allocate_an_uncompressed_cache():
@@ -147,12 +148,12 @@ class TestMaxKvSize:
     def test_old_blocks_are_dropped_and_the_first_stays(self, model):
         cache = make_prompt_cache(model, max_kv_size=48)
         model(tokens(48), cache=cache)
-        first = np.array(cache[0].table.read(16))
+        first = rows_of(cache[0].table, 16)
         for i in range(40):
             model(tokens(1, seed=i), cache=cache)
             assert cache[0].size() <= 48
         assert cache[0].offset == 88
-        assert np.array_equal(np.array(cache[0].table.read(16)), first)
+        assert np.array_equal(rows_of(cache[0].table, 16), first)
         assert not cache[0].is_trimmable()
 
     def test_below_the_limit_nothing_changes(self, model):
@@ -179,13 +180,13 @@ class TestBadInput:
         cache = TurboQuantKVCache(TurboQuantConfig(4, 4), 64, 2)
         good = mx.random.normal((1, 2, 20, 64), key=mx.random.key(0))
         cache.update_and_fetch(good, good)
-        before = np.array(cache.table.read(20))
+        before = rows_of(cache.table, 20)
         bad = mx.array(good)
         bad[0, 1, 3, 5] = float("nan")
         with pytest.raises(ValueError, match="values hold NaN"):
             cache.update_and_fetch(good, bad)
         assert (cache.offset, cache.size()) == (20, 20)
-        assert np.array_equal(np.array(cache.table.read(20)), before)
+        assert np.array_equal(rows_of(cache.table, 20), before)
 
     def test_a_batch_is_refused(self, model):
         with pytest.raises(ValueError, match="this cache holds one sequence"):

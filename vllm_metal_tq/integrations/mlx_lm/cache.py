@@ -84,7 +84,8 @@ class TurboQuantKVCache(host._BaseCache):
         if self.raw_window is not None:
             mask = attention.decode_mask(mask, length, past_length, self.raw_window)
             past_length += length
-        past = codec.decode(self.table.read(past_length)[None], self.layout)
+        past = codec.decode(self.table.read(past_length), self.layout)
+        past = [x.flatten(1, 2)[None, :, :past_length] for x in past]
         return attention.attend(queries, keys, values, past, scale=scale, mask=mask, sinks=sinks)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
