@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 import mlx_lm.models.cache as host
-from models import build, tokens
+import mlx_lm.models.llama as llama_module
+from models import build, llama, tokens
 
 from vllm_metal_tq import TurboQuantKVCache, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm import report
@@ -123,3 +124,20 @@ def test_layers_that_share_keys_keep_their_cache():
         "query_pre_attn_scalar": 64.0,
     }
     run(build("gemma3n", text_config=text), 0, 2)
+
+
+def test_keys_that_are_changed_after_the_cache_keep_their_cache(monkeypatch):
+    # The past would miss the change.
+    def scaled(self, x, mask=None, cache=None):
+        q, k, v = (
+            project(x).reshape(1, x.shape[1], -1, 64).swapaxes(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k, v = cache.update_and_fetch(k, v)
+        out = llama_module.scaled_dot_product_attention(
+            q, 2 * k, v, cache=cache, scale=self.scale, mask=mask
+        )
+        return self.o_proj(out.swapaxes(1, 2).flatten(2))
+
+    monkeypatch.setattr(llama_module.Attention, "__call__", scaled)
+    run(llama(), 0, 3)
