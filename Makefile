@@ -21,7 +21,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(READY)
-	$(BIN)/pip install --quiet '.[docs]'
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 $(READY): pyproject.toml Makefile scripts/setup.sh

@@ -178,3 +178,16 @@ def test_a_token_is_encoded_alike_alone_and_in_company():
     whole = np.array(codec.encode(x, x, page))
     alone = np.array(codec.encode(x[:, 7:8], x[:, 7:8], page))
     assert np.array_equal(whole[:, 7:8], alone)
+
+
+def test_memory_for_encoding_does_not_grow_with_the_prompt():
+    def peak(count):
+        x = normal(4, count, 128)
+        mx.eval(x)
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        codec.encode(x, x, layout())
+        return mx.get_peak_memory() - held
+
+    # Beyond a slice: the rows twice, as slices and joined.
+    assert peak(4096) < peak(codec.SLICE) + 2.5 * 4 * 4096 * layout().row_bytes

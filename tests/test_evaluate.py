@@ -49,6 +49,12 @@ def test_a_raw_window_as_long_as_a_chunk_improves_the_figures():
     assert windowed.kl_mean < plain.kl_mean / 2
 
 
+@pytest.mark.parametrize(("asked", "scored"), [(10, 10), (50, 50), (60, 60), (1000, 100)])
+def test_as_many_positions_are_scored_as_asked_for_if_the_text_has_them(asked, scored):
+    ids = tokens(201)[0].tolist()
+    assert evaluate(llama(), ids, TurboQuantConfig(4, 4), window=100, tokens=asked).tokens == scored
+
+
 def test_progress_runs_to_the_end():
     seen = []
     evaluate(

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from vllm_metal_tq import openblas
+from vllm_metal_tq import cli, openblas
 
 
 def test_its_absence_is_one_line_that_says_what_to_install(monkeypatch):
@@ -33,10 +33,9 @@ def test_nothing_is_done_elsewhere(monkeypatch, platform):
     assert openblas.preload() is None
 
 
-def test_the_command_line_passes_the_complaint_on_and_goes_on(monkeypatch, capsys):
-    from vllm_metal_tq.cli import main
-
+def test_the_command_line_passes_the_complaint_on_where_it_runs_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(openblas, "preload", lambda: "slow: because")
-    assert main(["generate", "--model", "demo", "--preset", "none"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("slow: because\nerror: preset 'none' is unknown")
+    for on_cpu, complaint in ((True, "slow: because\n"), (False, "")):
+        monkeypatch.setattr(cli, "_on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        assert cli.main(["generate", "--model", "demo", "--preset", "none"]) == 2
+        assert capsys.readouterr().err.startswith(complaint + "error: preset 'none' is unknown")

@@ -118,12 +118,24 @@ def test_eviction_drops_the_oldest_blocks_but_the_first():
 
 def test_eviction_never_drops_the_first_block_or_a_part_of_one():
     table = BlockTable(pool())
-    table.append(random_rows(table.pool, 40))
+    rows = np.array(random_rows(table.pool, 40))
+    table.append(mx.array(rows))
     assert table.evictable(10_000) == 16
     table.evict(10_000)
-    assert table.num_tokens == 24
     table.evict(10_000)
-    assert table.num_tokens == 24 or table.num_tokens == 8 + 16
+    assert np.array_equal(rows_of(table), np.delete(rows, np.s_[16:32], axis=1))
+
+
+def test_compaction_gives_free_blocks_back_and_keeps_the_rows():
+    table = BlockTable(pool())
+    rows = np.array(random_rows(table.pool, 2000))
+    table.append(mx.array(rows))
+    table.compact()
+    assert table.pool.num_blocks == 2048 // 16  # little of it was free
+    table.evict(1900)
+    table.compact()
+    assert table.pool.num_blocks == len(table.blocks)
+    assert np.array_equal(rows_of(table), np.delete(rows, np.s_[16:1920], axis=1))
 
 
 class TablesAgainstLists(RuleBasedStateMachine):

@@ -58,14 +58,14 @@ def attend(
 def decode_mask(mask: Mask, length: int, past_length: int, raw_window: int) -> mx.array:
     """The mask under which a chunk sees exactly what token-by-token decoding would.
 
-    Written for a ``past`` that holds the chunk as well: query i sees the tokens at distance
-    ``raw_window`` or more through the pages, and nearer ones as they came.
+    Written for a ``past`` that holds the chunk as well: query i sees the chunk's tokens at a
+    distance below ``raw_window`` as they came, and all others through the pages.
 
     Args:
         mask: None or "causal", or bool ``(..., L, S + L)`` over the tokens.
         length: L, tokens of the chunk.
         past_length: S, tokens before the chunk.
-        raw_window: how many tokens, itself included, a query sees as they came; at least 1.
+        raw_window: how many tokens of its chunk, itself included, a query sees as they came.
 
     Returns:
         bool ``(..., L, S + 2 * L)``: over S + L tokens in pages, then L as they came.
@@ -77,5 +77,5 @@ def decode_mask(mask: Mask, length: int, past_length: int, raw_window: int) -> m
         if mask.dtype != mx.bool_:
             raise ValueError(f"a raw window takes a bool mask, not {mask.dtype}")
         visible = visible & mask
-    near = distance < raw_window
-    return mx.concatenate([visible & ~near, (visible & near)[..., past_length:]], axis=-1)
+    raw = (distance < raw_window) & (mx.arange(past_length + length) >= past_length)
+    return mx.concatenate([visible & ~raw, (visible & raw)[..., past_length:]], axis=-1)

@@ -65,15 +65,19 @@ def load():
 def folder() -> Path:
     """The converted model's folder; made now where it is missing or damaged."""
     place = user_cache_path("vllm-metal-tq") / "demo-model-1"
-    if not _intact(place):
-        with tempfile.TemporaryDirectory() as scratch:
-            gguf = _fetch_gguf(Path(scratch))
-            converted = Path(scratch) / "converted"
-            convert(gguf, converted)
-            _write_sums(converted)
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(converted, place)
+    if _intact(place):
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        converted = Path(scratch) / "converted"
+        convert(_fetch_gguf(Path(scratch)), converted)
+        _write_sums(converted)
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            converted.rename(place)
+        except OSError:
+            if not _intact(place):  # else another process was faster
+                raise
     return place
 
 

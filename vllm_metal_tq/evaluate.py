@@ -68,8 +68,8 @@ def evaluate(
         token_ids: the text.
         config: widths of the compressed cache.
         window: tokens of a window; the second half of it is scored.
-        tokens: positions to score, at most; whole windows are used.
-        raw_window: how many recent tokens, the query's own included, are seen as they came.
+        tokens: positions to score; fewer are where the text is too short for them.
+        raw_window: how many recent tokens of its chunk a query sees as they came, itself included.
         progress: called with tokens done and tokens in all.
 
     Raises:
@@ -82,8 +82,8 @@ def evaluate(
         raise ValueError(
             f"the text has {len(token_ids)} tokens: a window of {window} needs {window + 1}"
         )
-    windows = min(max(tokens // (window - window // 2), 1), (len(token_ids) - 1) // window)
-    scores, stored = [], None
+    windows = min(-(-tokens // (window - window // 2)), (len(token_ids) - 1) // window)
+    scores, ours = [], []
     for i in range(windows):
         piece = token_ids[i * window : (i + 1) * window + 1]
         caches = make_prompt_cache(model, config)
@@ -96,15 +96,14 @@ def evaluate(
             progress(i * window + done, windows * window)
             if score is not None:
                 scores.append(score)
-        stored = ours[0].layout.bits_per_element
-    nll_reference, nll, kl, same = np.concatenate(scores, axis=1)
+    nll_reference, nll, kl, same = np.concatenate(scores, axis=1)[:, :tokens]
     return Quality(
         ppl=float(np.exp(nll.mean())),
         ppl_reference=float(np.exp(nll_reference.mean())),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1=float(same.mean()),
-        bits_per_element=stored,
+        bits_per_element=float(np.mean([cache.layout.bits_per_element for cache in ours])),
         tokens=len(kl),
     )
 

@@ -32,9 +32,14 @@ class PagePool:
         """Blocks allocated, in use or free."""
         return self.pages.shape[0]
 
+    @property
+    def num_free(self) -> int:
+        """Blocks allocated but not in use."""
+        return len(self._free)
+
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks out of the pool, which grows where it must."""
-        missing = count - len(self._free)
+        missing = count - self.num_free
         if missing > 0:
             self._grow(missing)
         taken, self._free = self._free[:count], self._free[count:]
@@ -98,6 +103,13 @@ class BlockTable:
     def read(self, num_tokens: int) -> mx.array:
         """Pages that hold the first tokens: uint8 ``(num_kv_heads, num_pages, page_bytes)``."""
         return self.pool.read(self.blocks[: -(-num_tokens // self._block_size)])
+
+    def compact(self) -> None:
+        """Shrink the pool to this table's blocks where most of it is free. No other may use it."""
+        if self.pool.num_free * self._block_size > 2 * GROWTH_TOKENS:
+            pages = self.pool.pages[mx.array(self.blocks, mx.int32)]
+            self.blocks = list(range(len(self.blocks)))
+            self.pool.adopt(pages, self.blocks)
 
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens."""

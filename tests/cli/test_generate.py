@@ -1,8 +1,10 @@
+import argparse
 import json
 
 import pytest
 
 from vllm_metal_tq import demo_model, make_prompt_cache, save_prompt_cache
+from vllm_metal_tq.cli import generate as command
 from vllm_metal_tq.cli import main
 
 FIELDS = {
@@ -83,6 +85,22 @@ def test_a_saved_prompt_is_continued(capsys, demo, tmp_path):
     assert answer["preset"] == "tq4"
 
 
+def test_a_continued_prompt_is_not_introduced_again(demo):
+    _, tokenizer = demo
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+
+    def fed(*flags):
+        args = parser.parse_args(["--model", "demo", "-p", "And\\tSpain?", *flags])
+        return tokenizer.decode(command._tokens(args, tokenizer))
+
+    end = "And\tSpain?<|im_end|>\n<|im_start|>assistant\n"
+    assert fed("--prompt-cache-file", "x") == end
+    assert fed("--system-prompt", "Be brief.").endswith("<|im_start|>user\n" + end)
+    assert fed("--system-prompt", "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert fed("--ignore-chat-template") == "And\tSpain?"
+
+
 def test_max_kv_size_bounds_the_cache(capsys):
     prompt = "word " * 300
     flags = ("-p", prompt, "-m", "3", "--prefill-step-size", "64", "--max-kv-size", "64", "--json")
@@ -99,8 +117,12 @@ def test_max_kv_size_bounds_the_cache(capsys):
         (["--k-quant", "fp8"], "k_quant 'fp8' is unknown: allowed are q2_0"),
         (["--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
         (["--max-kv-size", "-5"], "--max-kv-size -5 must be at least 1"),
-        (["--max-kv-size", "8"], "max_tokens 8 is too few: at least 32"),
+        (["--max-kv-size", "8"], "max_kv_size 8 is too few: at least 32"),
         (["--prefill-step-size", "0"], "--prefill-step-size 0 must be at least 1"),
+        (
+            ["--system-prompt", "x", "--ignore-chat-template"],
+            "--system-prompt cannot be given with",
+        ),
         (["--prompt-cache-file", "nowhere"], "'nowhere': no such file"),
         (["--prompt-cache-file", "x", "--preset", "tq4"], "--preset cannot be given with"),
     ],

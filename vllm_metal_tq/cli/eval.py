@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model_argument(parser)
     common.add_scheme_arguments(parser)
     parser.add_argument("--text", help="a text file (default: a chapter of Alice in Wonderland)")
-    parser.add_argument("--tokens", type=int, default=1024, help="positions to score, at most")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="positions to score, where the text has them"
+    )
     parser.add_argument(
         "--window", type=int, default=1024, help="tokens of a window; its second half is scored"
     )

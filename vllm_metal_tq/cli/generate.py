@@ -103,6 +103,8 @@ def _check(args: argparse.Namespace) -> None:
         number = getattr(args, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} {number} must be at least 1")
+    if args.system_prompt is not None and args.ignore_chat_template:
+        raise ValueError("--system-prompt cannot be given with --ignore-chat-template")
     if args.prompt_cache_file:
         for name in ("preset", "k_quant", "v_quant", "max_kv_size"):
             if getattr(args, name) is not None:
@@ -113,16 +115,26 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _tokens(args: argparse.Namespace, tokenizer) -> list[int]:
-    """The prompt as token ids; a continued cache already holds what came before it."""
+    """The prompt as token ids, under the chat template where there is one.
+
+    With a cache to continue, what the template puts before the prompt is left out, as mlx_lm does:
+    the cache holds it.
+    """
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    if args.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+    def templated(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        if args.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": args.system_prompt})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    start = templated("<query>").index("<query>") if args.prompt_cache_file else 0
+    return tokenizer.encode(templated(prompt)[start:], add_special_tokens=False)
 
 
 def _stream(args: argparse.Namespace, model, tokenizer, prompt: list[int], cache: list):

@@ -42,6 +42,18 @@ def test_bytes_reported_are_bytes_allocated(model):
     assert (held.layers, held.layers_compressed) == (3, 3)
 
 
+def test_layers_that_are_not_compressed_count_as_they_are():
+    pattern = ["sliding_attention", "full_attention"] * 2
+    model = llama(num_hidden_layers=4, layer_types=pattern, sliding_window=8)
+    cache = make_prompt_cache(model)
+    model(tokens(20), cache=cache)
+    held = report(cache)
+    dense = sum(c.nbytes for c in cache[::2])
+    assert (held.layers, held.layers_compressed) == (4, 2)
+    assert held.kv_bytes == dense + sum(c.nbytes for c in cache[1::2])
+    assert held.kv_bytes_bf16 == dense + sum(c.nbytes_bf16 for c in cache[1::2])
+
+
 class TestSavedCaches:
     @pytest.fixture
     def saved(self, model, tmp_path):
@@ -60,6 +72,27 @@ class TestSavedCaches:
         for a, b in zip(loaded, cache, strict=True):
             assert np.array_equal(rows_of(a.table, b.size()), rows_of(b.table, b.size()))
 
+    def test_metadata_comes_back(self, model, saved):
+        assert load_prompt_cache(saved[0], model, return_metadata=True)[1] == {"note": "test"}
+
+    def test_a_limited_cache_with_uncompressed_layers_survives(self, tmp_path):
+        pattern = ["sliding_attention", "full_attention"] * 2
+        model = llama(num_hidden_layers=4, layer_types=pattern, sliding_window=8)
+        cache = make_prompt_cache(model, max_kv_size=64)
+        model(tokens(20), cache=cache)
+        save_prompt_cache(tmp_path / "c.safetensors", cache)
+        loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
+        assert greedy(model, loaded) == greedy(model, cache)
+
+    def test_a_name_without_the_suffix_is_refused(self, model, tmp_path):
+        with pytest.raises(ValueError, match=r"must end in .safetensors"):
+            save_prompt_cache(tmp_path / "prompt.cache", make_prompt_cache(model))
+
+    def test_scales_that_are_not_finite_are_refused(self, saved):
+        pages, header = saved[1][0].state
+        with pytest.raises(ValueError, match="scales that are not finite"):
+            TurboQuantKVCache.from_state((mx.full(pages.shape, 255, mx.uint8), header))
+
     def test_mlx_lms_own_loader_reads_it(self, model, saved):
         file, cache = saved
         loaded = host.load_prompt_cache(str(file))
@@ -72,7 +105,7 @@ class TestSavedCaches:
         save_prompt_cache(tmp_path / "c.safetensors", cache)
         loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
         assert loaded[0].offset == 90
-        assert loaded[0].max_tokens == 48
+        assert loaded[0].max_kv_size == 48
         assert greedy(model, loaded) == greedy(model, cache)
 
     def test_an_empty_cache_survives(self, model, tmp_path):

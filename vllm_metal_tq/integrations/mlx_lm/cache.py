@@ -23,10 +23,10 @@ class TurboQuantKVCache(host._BaseCache):
         config: widths and block size.
         head_dim: elements of a key and of a value.
         num_kv_heads: KV heads of the layer.
-        max_tokens: when more are stored, the oldest blocks but the first are dropped before the
+        max_kv_size: when more are stored, the oldest blocks but the first are dropped before the
             next chunk. None: no limit.
-        raw_window: for measuring quality. When set, a query sees only its last ``raw_window``
-            tokens, itself included, as they came, whatever the chunk; 1 is plain decoding.
+        raw_window: for measuring quality. When set, a query sees only the last ``raw_window``
+            tokens of its chunk, itself included, as they came; 1 is decoding token by token.
 
     Attributes:
         offset: tokens seen, which is the position of the next one.
@@ -37,14 +37,14 @@ class TurboQuantKVCache(host._BaseCache):
         config: TurboQuantConfig,
         head_dim: int,
         num_kv_heads: int,
-        max_tokens: int | None = None,
+        max_kv_size: int | None = None,
         raw_window: int | None = None,
     ):
         least = 2 * config.block_size
-        if max_tokens is not None and max_tokens < least:
-            raise ValueError(f"max_tokens {max_tokens} is too few: at least {least} (two blocks)")
+        if max_kv_size is not None and max_kv_size < least:
+            raise ValueError(f"max_kv_size {max_kv_size} is too few: at least {least} (two blocks)")
         self.config = config
-        self.max_tokens = max_tokens
+        self.max_kv_size = max_kv_size
         self.raw_window = raw_window
         self.offset = 0
         self.layout = PageLayout(config, head_dim)
@@ -56,6 +56,7 @@ class TurboQuantKVCache(host._BaseCache):
 
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
+                Layers before this one have stored the chunk: trim them by its length to go on.
         """
         if keys.ndim != 4 or keys.shape[:2] != (1, self.pool.num_kv_heads):
             raise ValueError(
@@ -65,6 +66,8 @@ class TurboQuantKVCache(host._BaseCache):
         rows = codec.encode(keys[0], values[0], self.layout)
         length = keys.shape[2]
         self.table.evict(self._excess(length))
+        if self.max_kv_size is not None:
+            self.table.compact()  # gives back what a chunk beyond the limit took
         self.table.append(rows)
         self.offset += length
         return keys, values
@@ -94,9 +97,20 @@ class TurboQuantKVCache(host._BaseCache):
         return host.create_attention_mask(N, stored, return_array, window_size)
 
     def _excess(self, length: int) -> int:
-        if self.max_tokens is None:
+        if self.max_kv_size is None:
             return 0
-        return max(self.table.num_tokens + length - self.max_tokens, 0)
+        return max(self.table.num_tokens + length - self.max_kv_size, 0)
+
+    @property
+    def bits(self) -> int:
+        """Never there: mlx_lm's attention looks for it, so this reports a missing hook.
+
+        Without the hook a query would see its own chunk and nothing else.
+        """
+        raise RuntimeError(
+            "mlx_lm's attention cannot read a TurboQuantKVCache: make it with make_prompt_cache, "
+            "which installs the hook"
+        )
 
     def is_trimmable(self) -> bool:
         """Whether ``trim`` can restore an earlier state: not once tokens were dropped."""
@@ -104,7 +118,7 @@ class TurboQuantKVCache(host._BaseCache):
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens, or all where there are fewer; returns how many."""
-        n = min(self.table.num_tokens, n)
+        n = max(min(self.table.num_tokens, n), 0)
         self.table.trim(n)
         self.offset -= n
         return n
@@ -137,7 +151,7 @@ class TurboQuantKVCache(host._BaseCache):
             self.config.block_size,
             self.layout.head_dim,
             self.pool.num_kv_heads,
-            self.max_tokens or 0,
+            self.max_kv_size or 0,
             self.offset,
             self.table.num_tokens,
         ]
@@ -146,6 +160,10 @@ class TurboQuantKVCache(host._BaseCache):
         if not self.pool.num_blocks:
             pages = mx.zeros((1, *pages.shape[1:]), mx.uint8)
         return pages, mx.array(header + self.table.blocks, mx.int32)
+
+    @state.setter
+    def state(self, state: tuple[mx.array, mx.array]) -> None:
+        self.__dict__.update(vars(self.from_state(state)))
 
     @classmethod
     def from_state(cls, state, meta_state=None) -> TurboQuantKVCache:
@@ -158,9 +176,9 @@ class TurboQuantKVCache(host._BaseCache):
         version, *numbers = header.tolist()
         if version != STATE_VERSION:
             raise ValueError(f"state version {version} is unknown: {STATE_VERSION} can be read")
-        k_bits, v_bits, block_size, head_dim, num_kv_heads, max_tokens, offset, count = numbers[:8]
+        k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, offset, count = numbers[:8]
         config = TurboQuantConfig(k_bits, v_bits, block_size)
-        cache = cls(config, head_dim, num_kv_heads, max_tokens or None)
+        cache = cls(config, head_dim, num_kv_heads, max_kv_size or None)
         blocks = numbers[8:]
         fits = (
             pages.dtype == mx.uint8
@@ -171,6 +189,9 @@ class TurboQuantKVCache(host._BaseCache):
         )
         if not fits:
             raise ValueError(f"pages {pages.shape} do not fit their header {header.tolist()}")
+        scales = cache.layout.split(pages)[-1].view(mx.float16)
+        if not mx.isfinite(scales).all().item():
+            raise ValueError("pages hold scales that are not finite")
         cache.pool.adopt(pages, blocks)
         cache.table.blocks, cache.table.num_tokens = blocks, count
         cache.offset = offset

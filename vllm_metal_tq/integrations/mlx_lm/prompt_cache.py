@@ -8,7 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
-from mlx.utils import tree_flatten
 
 from ...config import TurboQuantConfig
 from . import hook
@@ -42,8 +41,7 @@ def report(prompt_cache: list) -> CacheReport:
     """Add up what ``prompt_cache`` holds."""
     ours = [c for c in prompt_cache if isinstance(c, TurboQuantKVCache)]
     others = [c for c in prompt_cache if not isinstance(c, TurboQuantKVCache)]
-    arrays = (x for c in others for _, x in tree_flatten(c.state) if isinstance(x, mx.array))
-    dense = sum(x.nbytes for x in arrays)
+    dense = sum(c.nbytes for c in others)
     return CacheReport(
         layers=len(prompt_cache),
         layers_compressed=len(ours),
@@ -75,38 +73,49 @@ def make_prompt_cache(
     hook.install(model)
     caches = host.make_prompt_cache(model, max_kv_size)
     return [
-        cache if shape is None else TurboQuantKVCache(config, *shape, max_tokens=max_kv_size)
+        cache if shape is None else TurboQuantKVCache(config, *shape, max_kv_size=max_kv_size)
         for cache, shape in zip(caches, plain_attention(model), strict=True)
     ]
 
 
 def save_prompt_cache(file_name: str, prompt_cache: list, metadata: dict | None = None) -> None:
-    """Save ``prompt_cache`` with ``metadata`` (strings), as ``mlx_lm.models.cache`` does."""
+    """Save ``prompt_cache`` with ``metadata`` (strings), as ``mlx_lm.models.cache`` does.
+
+    Raises:
+        ValueError: the name does not end in ``.safetensors``.
+    """
+    if Path(file_name).suffix != ".safetensors":
+        raise ValueError(f"prompt cache {str(file_name)!r}: the name must end in .safetensors")
     host.save_prompt_cache(str(file_name), prompt_cache, metadata or {})
 
 
-def load_prompt_cache(file_name: str, model: nn.Module) -> list:
+def load_prompt_cache(file_name: str, model: nn.Module, return_metadata: bool = False):
     """Load what ``save_prompt_cache`` wrote, for use with ``model``.
+
+    Returns:
+        The prompt cache, or with ``return_metadata`` a tuple of it and the metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is no prompt cache, or belongs to another model.
+        ValueError: the file is damaged, is no prompt cache, was written by an mlx_lm with another
+            file format, or does not fit the model.
     """
     if not Path(file_name).is_file():
         raise FileNotFoundError(f"prompt cache {str(file_name)!r}: no such file")
     hook.install(model)
     try:
-        prompt_cache = host.load_prompt_cache(str(file_name))
+        prompt_cache, metadata = host.load_prompt_cache(str(file_name), return_metadata=True)
         mx.eval([cache.state for cache in prompt_cache])  # reads the file to its end
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"prompt cache {str(file_name)!r} is damaged or foreign: {e}") from e
-    expected = [_signature(cache) for cache in make_prompt_cache(model)]
-    if [_signature(cache) for cache in prompt_cache] != expected:
-        raise ValueError(f"prompt cache {str(file_name)!r} was made by another model")
-    return prompt_cache
-
-
-def _signature(cache) -> tuple:
-    if isinstance(cache, TurboQuantKVCache):
-        return (cache.layout.head_dim, cache.pool.num_kv_heads)
-    return (type(cache).__name__,)
+    shapes = [
+        (cache.layout.head_dim, cache.pool.num_kv_heads)
+        if isinstance(cache, TurboQuantKVCache)
+        else None
+        for cache in prompt_cache
+    ]
+    if shapes != plain_attention(model):
+        raise ValueError(
+            f"prompt cache {str(file_name)!r} was made by another model, or without compression"
+        )
+    return (prompt_cache, metadata) if return_metadata else prompt_cache
