@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-oldest lint format docs clean
 
 demo: $(READY)
 	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
@@ -11,6 +11,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-oldest:
+	PIP_CONSTRAINT=scripts/oldest.txt sh scripts/setup.sh .venv-oldest
+	.venv-oldest/bin/python -m pytest -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -29,4 +33,4 @@ $(READY): pyproject.toml Makefile scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) site dist
+	rm -rf $(VENV) .venv-oldest site dist
