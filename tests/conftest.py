@@ -1,6 +1,10 @@
 """Runs before any test imports mlx, so that OpenBLAS can be loaded first."""
 
+import os
 import sys
+
+# Where a GPU multiplies float32 as TF32 by default, bounds of float32 would not hold.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from vllm_metal_tq import openblas
 

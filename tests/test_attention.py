@@ -31,7 +31,7 @@ def compressed(length, kv_heads, head_dim, bits=4, seed=7):
 def exact(q, k, v, past, visible, sinks=None):
     """Attention in float64, over keys and values that are not rotated."""
     head_dim = q.shape[-1]
-    old = [np.array(unrotate(x, head_dim), np.float64) for x in past]
+    old = [np.array(unrotate(x, head_dim) if x.size else x, np.float64) for x in past]
     k, v = (
         np.concatenate([a, np.array(b, np.float64)], 2) for a, b in zip(old, (k, v), strict=True)
     )

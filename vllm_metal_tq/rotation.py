@@ -81,7 +81,9 @@ def unrotate(y: mx.array, head_dim: int) -> mx.array:
     Returns:
         float32 ``(..., head_dim)``.
     """
-    dim = y.shape[-1]
+    y, dim = y.astype(mx.float32), y.shape[-1]
     # Hadamard matrices of sizes 20*2^k and 28*2^k are not symmetric: the inverse is the
     # transpose, which hadamard_transform does not offer. As row vectors, H^T y is y @ H.
-    return ((y.astype(mx.float32) @ _hadamard(dim)) * signs(dim))[..., :head_dim]
+    symmetric = dim % 5 and dim % 7
+    x = mx.hadamard_transform(y) if symmetric else y @ _hadamard(dim)
+    return (x * signs(dim))[..., :head_dim]

@@ -79,7 +79,7 @@ def test_a_model_from_a_file_of_its_own_is_reached(tmp_path):
     "make",
     [
         lambda model: host.make_prompt_cache(model),
-        lambda model: [host.QuantizedKVCache(group_size=32, bits=4) for _ in model.layers],
+        lambda model: [host.QuantizedKVCache(group_size=64, bits=4) for _ in model.layers],
         lambda model: [host.RotatingKVCache(max_size=8) for _ in model.layers],
         lambda model: None,
     ],
