@@ -3,7 +3,9 @@
 import importlib
 
 import mlx.core as mx
+from mlx_lm.generate import generate_step
 
+PROMPT = 40  # tokens of greedy's own prompt
 VOCAB = 97
 _COMMON = {
     "hidden_size": 64,
@@ -36,3 +38,10 @@ def llama(**arguments):
 def tokens(count: int, seed: int = 0) -> mx.array:
     """Random token ids ``(1, count)``."""
     return mx.random.randint(0, VOCAB, (1, count), key=mx.random.key(seed))
+
+
+def greedy(model, cache, prompt=None, count=12, **options) -> list[int]:
+    """The tokens that mlx_lm generates greedily after ``prompt``."""
+    prompt = tokens(PROMPT)[0] if prompt is None else prompt
+    steps = generate_step(prompt, model, max_tokens=count, prompt_cache=cache, **options)
+    return [token for token, _ in steps]

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from vllm_metal_tq import demo_model
 from vllm_metal_tq.cli import main
 
 FIELDS = {
@@ -18,11 +17,6 @@ FIELDS = {
     "k_quant",
     "v_quant",
 }
-
-
-@pytest.fixture(autouse=True)
-def loaded(demo, monkeypatch):
-    monkeypatch.setattr(demo_model, "load", lambda: demo)
 
 
 def evaluate(capsys, *flags):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from vllm_metal_tq import demo_model, make_prompt_cache, save_prompt_cache
+from vllm_metal_tq import make_prompt_cache, save_prompt_cache
 from vllm_metal_tq.cli import generate as command
 from vllm_metal_tq.cli import main
 
@@ -24,11 +24,6 @@ FIELDS = {
     "decode_tps",
     "peak_bytes",
 }
-
-
-@pytest.fixture(autouse=True)
-def loaded(demo, monkeypatch):
-    monkeypatch.setattr(demo_model, "load", lambda: demo)
 
 
 def generate(capsys, *flags):

@@ -4,8 +4,7 @@ import mlx.core as mx
 import mlx_lm.models.cache as host
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
-from models import llama, tokens
+from models import PROMPT, greedy, llama, tokens
 from rows import rows_of
 
 from vllm_metal_tq import (
@@ -16,18 +15,10 @@ from vllm_metal_tq import (
 from vllm_metal_tq.config import PRESETS
 from vllm_metal_tq.integrations.mlx_lm import hook
 
-PROMPT = 40
-
 
 @pytest.fixture(scope="module")
 def model():
     return llama()
-
-
-def greedy(model, cache, prompt=None, count=12, **options):
-    prompt = tokens(PROMPT)[0] if prompt is None else prompt
-    steps = generate_step(prompt, model, max_tokens=count, prompt_cache=cache, **options)
-    return [token for token, _ in steps]
 
 
 def logits(model, cache, chunks):

@@ -2,8 +2,7 @@ import mlx.core as mx
 import mlx_lm.models.cache as host
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
-from models import llama, tokens
+from models import PROMPT, greedy, llama, tokens
 from rows import rows_of
 
 from vllm_metal_tq import (
@@ -15,17 +14,10 @@ from vllm_metal_tq import (
 )
 from vllm_metal_tq.integrations.mlx_lm import report
 
-PROMPT = 40
-
 
 @pytest.fixture(scope="module")
 def model():
     return llama()
-
-
-def greedy(model, cache, prompt=None, count=12):
-    prompt = tokens(PROMPT)[0] if prompt is None else prompt
-    return [t for t, _ in generate_step(prompt, model, max_tokens=count, prompt_cache=cache)]
 
 
 def test_bytes_reported_are_bytes_allocated(model):
