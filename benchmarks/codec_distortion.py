@@ -22,6 +22,7 @@ from rich.table import Table  # noqa: E402
 from vllm_metal_tq import TurboQuantConfig, codec, demo_model  # noqa: E402
 from vllm_metal_tq.config import WIDTHS  # noqa: E402
 from vllm_metal_tq.layout import PageLayout  # noqa: E402
+from vllm_metal_tq.pages import BlockTable, PagePool  # noqa: E402
 from vllm_metal_tq.rotation import rotate  # noqa: E402
 
 
@@ -40,9 +41,11 @@ def captured(tokens: int) -> tuple[mx.array, mx.array]:
 def errors(keys: mx.array, values: mx.array, bits: int) -> tuple[float, float]:
     """Relative mean square error of keys and of values at ``bits``, averaged over heads."""
     layout = PageLayout(TurboQuantConfig(bits, bits), keys.shape[-1])
-    decoded = codec.decode(codec.encode(keys, values, layout), layout)
+    table = BlockTable(PagePool(layout, keys.shape[0]))
+    table.append(codec.encode(keys, values, layout))
+    decoded = codec.decode(table.read(table.num_tokens), layout)
     pairs = zip((keys, values), decoded, strict=True)
-    return tuple(_relative(rotate(x), y) for x, y in pairs)
+    return tuple(_relative(rotate(x), y.flatten(1, 2)[:, : x.shape[1]]) for x, y in pairs)
 
 
 def _relative(x: mx.array, y: mx.array) -> float:
