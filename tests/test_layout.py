@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -23,8 +25,9 @@ def test_bytes_per_token_and_kv_head(preset, at_64, at_128):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_a_row_is_its_codes_and_two_fp16_scales(bits, head_dim):
-    assert layout(bits, 2, head_dim).row_bytes == (bits + 2) * head_dim // 8 + 4
-    assert layout(2, bits, head_dim).row_bytes == (bits + 2) * head_dim // 8 + 4
+    dim = {80: 96}.get(head_dim, head_dim)
+    assert layout(bits, 2, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
+    assert layout(2, bits, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -55,27 +58,38 @@ def test_every_page_byte_belongs_to_one_byte_of_one_token(bits, head_dim, block_
 
 def test_a_sub_block_holds_a_plane_of_16_tokens_after_the_other():
     page = layout(3, 4, 64, block_size=32)
-    offsets = page.byte_offsets
-    sixteen = SUB_BLOCK * page.code_bytes
-    # Key planes of 2 and 1 bits, then the value plane; token 0, 1 and 16; then scales.
-    assert offsets[0, [0, 16, 24, 56]].tolist() == [0, 16 * 16, 16 * 24, 32 * page.code_bytes]
-    assert offsets[1, [0, 16, 24, 56]].tolist() == [
-        16,
-        16 * 16 + 8,
-        16 * 24 + 32,
-        32 * page.code_bytes + 4,
-    ]
-    assert offsets[16, 0] == sixteen
+    starts = np.cumsum((0, *page.plane_bytes))
+    for start, end in itertools.pairwise(starts):
+        first = page.byte_offsets[:SUB_BLOCK, start:end]
+        assert np.array_equal(
+            np.sort(first, axis=None), np.arange(SUB_BLOCK * start, SUB_BLOCK * end)
+        )
+        second = page.byte_offsets[SUB_BLOCK:, start:end]
+        assert np.array_equal(second, first + SUB_BLOCK * page.code_bytes)
+
+
+def test_a_lane_finds_two_halves_of_its_key_dimensions_in_the_halves_of_a_word():
+    # 4 bits, D=128: a lane's 32 dimensions are 16 bytes; 0-3 lie beside 16-19, 4-7 beside 20-23.
+    offsets = layout(4, 4, 128).byte_offsets[0, :16]
+    assert offsets.tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+
+
+def test_a_lane_finds_two_neighbouring_tokens_of_values_in_the_halves_of_a_word():
+    page = layout(4, 4, 128)
+    values = page.byte_offsets[:, 64:128].astype(int) - 1024
+    # A lane's first 16 dimensions, 8 bytes of each token: tokens 0 and 1 of pair 0, then 8 and 9.
+    assert values[0, :8].tolist() == [0, 1, 4, 5, 8, 9, 12, 13]
+    assert values[1, :8].tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
+    assert values[8, :8].tolist() == [512 + x for x in [0, 1, 4, 5, 8, 9, 12, 13]]
+    assert values[2, 0] == 16  # the next pair of tokens: the next lane
+    assert values[0, 8] == 64  # the next 16 dimensions: four lanes on
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_planes_start_at_multiples_of_128_bytes_and_32_token_pages_too(bits, head_dim):
-    page = layout(bits, bits, head_dim, block_size=32)
-    starts = np.cumsum((0, *page.plane_bytes))[:-1]
-    assert not page.byte_offsets[0, starts].astype(int).__mod__(128).any()
-    assert page.page_bytes % 128 == 0
-    assert layout(bits, bits, head_dim, block_size=16).page_bytes % 64 == 0
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_pages_are_multiples_of_64_bytes(bits, head_dim):
+    assert layout(bits, 2, head_dim, block_size=16).page_bytes % 64 == 0
+    assert layout(2, bits, head_dim, block_size=32).page_bytes % 128 == 0
 
 
 def test_bits_per_element_count_the_scales():
@@ -85,8 +99,8 @@ def test_bits_per_element_count_the_scales():
 
 def test_bits_per_element_count_the_padding_of_a_head_dim_that_is_padded():
     page = layout(4, 4, 72)
-    assert page.dim == 80
-    assert page.bits_per_element == pytest.approx((8 * 80 + 32) / (2 * 72))
+    assert page.dim == 96
+    assert page.bits_per_element == pytest.approx((8 * 96 + 32) / (2 * 72))
 
 
 @pytest.mark.parametrize("head_dim", [0, -64, 7, 1025, 64.0, "64"])

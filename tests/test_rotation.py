@@ -24,8 +24,8 @@ def test_rotation_keeps_inner_products(head_dim):
     assert mx.abs(error).max().item() < 1e-4
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_head_dims_of_models_are_rotated_without_padding(head_dim):
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 224, 256, 512])
+def test_the_head_dims_of_most_models_are_rotated_without_padding(head_dim):
     assert rotated_dim(head_dim) == head_dim
 
 
@@ -33,7 +33,7 @@ def test_every_size_is_one_that_mlx_transforms():
     for head_dim in range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1):
         size = rotated_dim(head_dim)
         assert size >= head_dim
-        assert size % 8 == 0
+        assert size % 32 == 0
         odd = size
         while odd % 2 == 0:
             odd //= 2
@@ -41,7 +41,15 @@ def test_every_size_is_one_that_mlx_transforms():
 
 
 def test_padding_is_as_small_as_can_be():
-    assert [rotated_dim(d) for d in (8, 9, 65, 72, 100, 129, 257)] == [8, 16, 80, 80, 112, 160, 320]
+    assert [rotated_dim(d) for d in (8, 33, 65, 80, 100, 129, 257)] == [
+        32,
+        64,
+        96,
+        96,
+        128,
+        160,
+        320,
+    ]
 
 
 def test_one_large_element_is_spread_over_all():

@@ -4,14 +4,20 @@ A *row* is one token of one KV head as the codec makes it: key planes, value pla
 two fp16 scales. A *page* is one block of one KV head::
 
     [sub-block 0][sub-block 1]...[scales]      a sub-block holds 16 tokens
-    [plane, 16 tokens][plane, 16 tokens]...    inside a sub-block; token-major in a plane
+    [plane, 16 tokens][plane, 16 tokens]...    key planes, then value planes
+    [unit, 16 tokens][unit, 16 tokens]...      a unit is 128 dimensions of a plane, or the rest
     [key scale, value scale] * block_size      fp16, 4 bytes a token
 
+Inside a unit the bytes lie as the 32 lanes of the decode kernels take them (metal/README.md):
+
+* keys: token by token. A lane takes 32 consecutive dimensions (16 where head_dim is at most 64,
+  or a plane has 8 bits) and finds dimensions d and d + 16 (d + 8) in the two halves of a word.
+* values: a lane takes 16 consecutive dimensions (8 where head_dim is at most 64) of the tokens
+  2q, 2q + 1, 2q + 8 and 2q + 9, and finds two neighbouring tokens in the two halves of a word.
+
 Widths that are no power of two are split into planes (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), so
-every token owns whole bytes and an append never reads what it overwrites. There is no padding:
-a plane of b bits takes 2 * b * rotated_dim bytes, a multiple of 128 for all widths from 64
-dimensions (80 dimensions: from 4 bits), and a page of 32 tokens is then a multiple of 128 too;
-with 16 tokens its 64 bytes of scales leave every other page at a multiple of 64.
+every token owns whole bytes and an append never reads what it overwrites. There is no padding;
+pages are multiples of 64 bytes, and every lane's bytes of a unit lie together, up to 16 of them.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 
 from .config import TurboQuantConfig
@@ -28,6 +35,7 @@ PLANE_BITS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Code width -> widths of its planes, from the code's low bits to its high bits."""
 
 SUB_BLOCK = 16
+UNIT = 128
 SCALE_BYTES = 4  # fp16 key scale, fp16 value scale
 
 
@@ -51,11 +59,15 @@ class PageLayout:
         """Elements of a rotated key or value."""
         return rotated_dim(self.head_dim)
 
-    @cached_property
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane, key planes first."""
+        return PLANE_BITS[self.config.k_bits] + PLANE_BITS[self.config.v_bits]
+
+    @property
     def plane_bytes(self) -> tuple[int, ...]:
         """Bytes a token takes in each plane, key planes first."""
-        planes = PLANE_BITS[self.config.k_bits] + PLANE_BITS[self.config.v_bits]
-        return tuple(bits * self.dim // 8 for bits in planes)
+        return tuple(bits * self.dim // 8 for bits in self.planes)
 
     @property
     def code_bytes(self) -> int:
@@ -97,14 +109,55 @@ class PageLayout:
         shape = pages.shape[:-1]
         codes = codes.reshape(*shape, block_size // SUB_BLOCK, SUB_BLOCK * self.code_bytes)
         parts, start = [], 0
-        for width in self.plane_bytes:
-            plane = codes[..., start : start + SUB_BLOCK * width]
-            parts.append(plane.reshape(*shape, block_size, width))
-            start += SUB_BLOCK * width
-        return [*parts, scales.reshape(*shape, block_size, SCALE_BYTES)]
+        for number, bits in enumerate(self.planes):
+            in_tokens = _key_unit if number < len(PLANE_BITS[self.config.k_bits]) else _value_unit
+            units = []
+            for dims in self._units:
+                end = start + SUB_BLOCK * dims * bits // 8
+                unit = in_tokens(codes[..., start:end], bits, dims, self.dim)
+                units.append(unit.reshape(*shape, block_size, dims * bits // 8))
+                start = end
+            parts.append(units)
+        concatenate = np.concatenate if isinstance(pages, np.ndarray) else mx.concatenate
+        planes = [concatenate(units, axis=-1) if units[1:] else units[0] for units in parts]
+        return [*planes, scales.reshape(*shape, block_size, SCALE_BYTES)]
+
+    @property
+    def _units(self) -> list[int]:
+        return [min(UNIT, self.dim - start) for start in range(0, self.dim, UNIT)]
 
     @cached_property
     def byte_offsets(self) -> np.ndarray:
         """Offset in the page of every row byte: uint32 ``(block_size, row_bytes)``."""
         offsets = np.arange(self.page_bytes, dtype=np.uint32)
         return np.concatenate(self.split(offsets), axis=-1)
+
+
+def _key_unit(unit, bits: int, dims: int, dim: int):
+    """Bytes ``(..., n)`` of a unit of keys, with tokens and their bytes in order."""
+    lane_dims = 16 if dim <= 64 or bits == 8 else 32
+    half = lane_dims // 2 * bits // 8
+    piece = min(half, 2)
+    shape = (*unit.shape[:-1], SUB_BLOCK, dims // lane_dims, half // piece, 2, piece)
+    return unit.reshape(shape).swapaxes(-3, -2)
+
+
+def _value_unit(unit, bits: int, dims: int, dim: int):
+    """Bytes ``(..., n)`` of a unit of values, with tokens and their bytes in order."""
+    lane_dims = 8 if dim <= 64 else 16
+    size, lanes = lane_dims * bits // 8, dims // lane_dims
+    lead = unit.shape[:-1]
+    if size == 1:  # both token pairs of a lane in one word: [row][quad][token parity][pair]
+        return _transposed(unit.reshape(*lead, lanes, 4, 2, 2), (3, 1, 2, 0))
+    # [pair][load][row][quad][pair][word][token parity][2 bytes]: a lane loads at most 16 bytes
+    apart, together = (2, 1) if size >= 8 else (1, 2)
+    loads = max(size // 8, 1)
+    words = size // 2 // loads
+    shape = (*lead, apart, loads, lanes, 4, together, words, 2, 2)
+    return _transposed(unit.reshape(shape), (0, 4, 3, 6, 2, 1, 5, 7))
+
+
+def _transposed(x, axes: tuple[int, ...]):
+    """Permute the last ``len(axes)`` axes."""
+    lead = x.ndim - len(axes)
+    return x.transpose(*range(lead), *(lead + axis for axis in axes))

@@ -19,7 +19,9 @@ _SIGN_SEED = b"vllm-metal-tq signs 1"
 
 
 def rotated_dim(head_dim: int) -> int:
-    """The smallest size >= ``head_dim`` that can be rotated and fills whole bytes at 1 bit.
+    """The smallest multiple of 32 >= ``head_dim`` that can be rotated.
+
+    Multiples of 32 let the 32 lanes of a GPU's SIMD-group share a vector evenly.
 
     Raises:
         ValueError: ``head_dim`` lies outside ``MIN_HEAD_DIM`` to ``MAX_HEAD_DIM``.
@@ -29,12 +31,14 @@ def rotated_dim(head_dim: int) -> int:
             f"head_dim {head_dim!r} cannot be rotated: "
             f"allowed are integers from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
         )
-    return next(size for size in range(-(-head_dim // 8) * 8, 2 * head_dim + 8, 8) if _fits(size))
+    first = -(-head_dim // 32) * 32
+    return next(size for size in range(first, 2 * first + 1, 32) if hadamard_factor(size))
 
 
-def _fits(size: int) -> bool:
-    quotients = (size // m for m in _HADAMARD_FACTORS if size % m == 0)
-    return any(q & (q - 1) == 0 for q in quotients)
+def hadamard_factor(size: int) -> int | None:
+    """The m of ``size = m * 2^k`` for which MLX has a Hadamard matrix, or None."""
+    factors = (m for m in _HADAMARD_FACTORS if size % m == 0)
+    return next((m for m in factors if (size // m) & (size // m - 1) == 0), None)
 
 
 @lru_cache
