@@ -12,6 +12,8 @@ A zero vector, or one whose scale is below fp16's smallest number, decodes to ze
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from .codebook import Gaussian, Uniform, key_codebook, value_codebook
@@ -42,16 +44,21 @@ def encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
         ValueError: the shapes differ from each other or from the layout, or an element is NaN,
             infinite, or too large for an fp16 scale.
     """
-    if keys.shape != values.shape or keys.shape[-1] != layout.head_dim:
-        raise ValueError(
-            f"keys {keys.shape} and values {values.shape} must have one shape, "
-            f"ending in head_dim {layout.head_dim}"
-        )
+    check_shapes(keys, values, layout)
     slices = range(0, keys.shape[-2], SLICE)
     rows = [
         _encode(keys[..., i : i + SLICE, :], values[..., i : i + SLICE, :], layout) for i in slices
     ]
     return mx.concatenate(rows, axis=-2)
+
+
+def check_shapes(keys: mx.array, values: mx.array, layout: PageLayout) -> None:
+    """Raise a ValueError where keys and values do not fit the layout."""
+    if keys.shape != values.shape or keys.shape[-1] != layout.head_dim:
+        raise ValueError(
+            f"keys {keys.shape} and values {values.shape} must have one shape, "
+            f"ending in head_dim {layout.head_dim}"
+        )
 
 
 def _encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
@@ -104,7 +111,7 @@ def encode_keys(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     """
     half = 2 ** (bits - 1)
     peak = mx.abs(y).max(axis=-1, keepdims=True)
-    codes, z = _nearest(y, [peak * (clip / half) for clip in KEY_CLIPS], key_codebook(bits))
+    codes, z = _nearest(y, peak, [clip / half for clip in KEY_CLIPS], key_codebook(bits))
     return codes, ((y * z).sum(axis=-1) / (z * z).sum(axis=-1)).astype(mx.float16)
 
 
@@ -119,22 +126,25 @@ def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
         uint8 codes ``(..., dim)`` and fp16 norm-preserving scales ``(...)``.
     """
     rms = mx.sqrt(mx.mean(y * y, axis=-1, keepdims=True))
-    codes, z = _nearest(y, [rms * m for m in VALUE_STRETCHES], value_codebook(bits))
+    codes, z = _nearest(y, rms, VALUE_STRETCHES, value_codebook(bits))
     return codes, (mx.linalg.norm(y, axis=-1) / mx.linalg.norm(z, axis=-1)).astype(mx.float16)
 
 
-def _nearest(y, steps: list[mx.array], codebook: Uniform | Gaussian) -> tuple[mx.array, mx.array]:
-    """Codes of y at the best step, and their levels z.
+def _nearest(
+    y: mx.array, size: mx.array, factors: Sequence[float], codebook: Uniform | Gaussian
+) -> tuple[mx.array, mx.array]:
+    """Codes of y at the best of the steps ``size * factors``, and their levels z.
 
     Codes leave an error of |y|^2 (1 - cos^2) under their best scale, where cos is the cosine of
     y and z: the step with the largest cosine wins.
     """
-    steps = mx.stack(steps)
+    steps = size * mx.array(factors).reshape(-1, *(1 for _ in y.shape))
     steps = mx.where(steps == 0, 1, steps)  # zero vectors
-    z = codebook.levels(codebook.codes(y / steps))
+    codes = codebook.codes(y / steps)
+    z = codebook.levels(codes)
     cosine = (y * z).sum(axis=-1, keepdims=True) * mx.rsqrt((z * z).sum(axis=-1, keepdims=True))
     best = mx.argmax(cosine, axis=0, keepdims=True)
-    codes = codebook.codes(y / mx.take_along_axis(steps, best, axis=0)[0])
+    codes = mx.take_along_axis(codes, best, axis=0)[0]
     return codes, codebook.levels(codes)
 
 
@@ -150,14 +160,24 @@ def _pack(codes: mx.array, bits: int) -> list[mx.array]:
 
 
 def _unpack(planes: list[mx.array], bits: int) -> mx.array:
-    """The inverse of ``_pack``."""
-    codes, low = 0, 0
-    for plane, width in zip(planes, PLANE_BITS[bits], strict=True):
-        # Shifting whole planes is three times faster on a CPU than broadcasting over shifts.
-        fields = [(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)]
-        codes = codes + (mx.stack(fields, axis=-1).flatten(-2) << low)
-        low += width
-    return codes
+    """The codes that ``_pack`` made planes of."""
+    low, *high = map(fields, planes, PLANE_BITS[bits])
+    return low | (high[0] << PLANE_BITS[bits][0]) if high else low
+
+
+def fields(plane: mx.array, width: int) -> mx.array:
+    """Give every field of ``width`` bits a byte of its own.
+
+    Moving all fields of a byte at once, in an integer with a byte for each, takes half the time
+    of stacking them on a CPU: field i comes from bit i*width to bit 8*i.
+    """
+    if width == 8:
+        return plane
+    wide = plane.astype({1: mx.uint64, 2: mx.uint32, 4: mx.uint16}[width])
+    spread = wide
+    for i in range(1, 8 // width):
+        spread = spread | (wide << (i * (8 - width)))
+    return spread.view(mx.uint8) & (2**width - 1)
 
 
 def _what_is_wrong(keys: mx.array, values: mx.array) -> str:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import numpy as np
 
 from .layout import PageLayout
 
 GROWTH_TOKENS = 256  # as mlx_lm's caches grow
+
+
+@lru_cache(maxsize=2)
+def _places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
+    """Block, head and offset of every byte of some rows. Layers share them: hence the cache."""
+    block, place = np.divmod(slots, layout.config.block_size)
+    heads = mx.arange(num_kv_heads)[:, None, None]
+    return mx.array(block)[:, None], heads, mx.array(layout.byte_offsets[place])
+
+
+@mx.compile  # for the host's sake: looking at indices in Python takes longer than the launch
+def _scatter(pages: mx.array, rows: mx.array, *places: mx.array) -> mx.array:
+    pages[places] = rows
+    return pages
 
 
 class PagePool:
@@ -61,10 +77,9 @@ class PagePool:
             slot_mapping: int ``(num_tokens,)``, block * block_size + place in the block.
             rows: uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
         """
-        block, place = np.divmod(slot_mapping, self.layout.config.block_size)
-        heads = mx.arange(self.num_kv_heads)[:, None, None]
-        offsets = mx.array(self.layout.byte_offsets[place])
-        self.pages[mx.array(block)[:, None], heads, offsets] = rows
+        slots = tuple(slot_mapping.tolist())
+        places = _places(slots, self.num_kv_heads, self.layout)
+        self.pages = _scatter(self.pages, rows, *places)
 
     def read(self, blocks: list[int]) -> mx.array:
         """Gather the pages of ``blocks``: uint8 ``(num_kv_heads, len(blocks), page_bytes)``."""
@@ -85,10 +100,20 @@ class BlockTable:
         self.pool = pool
         self.blocks: list[int] = []
         self.num_tokens = 0
+        self._block_table: tuple[list[int], mx.array] | None = None
 
     @property
     def _block_size(self) -> int:
         return self.pool.layout.config.block_size
+
+    @property
+    def block_table(self) -> mx.array:
+        """The blocks as kernels take them: int32 ``(1, max_blocks)``, padded with zeros."""
+        if self._block_table is None or self._block_table[0] != self.blocks:
+            # In steps of 64, so that shapes, and what is compiled for them, seldom change.
+            padded = [*self.blocks, *[0] * (-len(self.blocks) % 64)]
+            self._block_table = list(self.blocks), mx.array([padded], mx.int32)
+        return self._block_table[1]
 
     def append(self, rows: mx.array) -> None:
         """Store the rows of new tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx_lm.models.cache as host
 
-from ... import attention, codec
+from ... import attention, dispatch
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
 from ...pages import BlockTable, PagePool
@@ -63,7 +63,7 @@ class TurboQuantKVCache(host._BaseCache):
                 f"keys {keys.shape} do not fit: this cache holds one sequence of "
                 f"{self.pool.num_kv_heads} KV heads, (1, {self.pool.num_kv_heads}, L, head_dim)"
             )
-        rows = codec.encode(keys[0], values[0], self.layout)
+        rows = dispatch.encode(keys[0], values[0], self.layout)
         length = keys.shape[2]
         self.table.evict(self._excess(length))
         if self.max_kv_size is not None:
@@ -87,9 +87,9 @@ class TurboQuantKVCache(host._BaseCache):
         if self.raw_window is not None:
             mask = attention.decode_mask(mask, length, past_length, self.raw_window)
             past_length += length
-        past = codec.decode(self.table.read(past_length), self.layout)
-        past = [x.flatten(1, 2)[None, :, :past_length] for x in past]
-        return attention.attend(queries, keys, values, past, scale=scale, mask=mask, sinks=sinks)
+        return dispatch.attend(
+            queries, keys, values, self.table, past_length, scale=scale, mask=mask, sinks=sinks
+        )
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""

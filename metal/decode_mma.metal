@@ -1,0 +1,380 @@
+  // Attention of a few query rows over compressed pages, with 8x8 matrix fragments.
+  //
+  // A threadgroup serves one KV head of one sequence over one split of its context; its columns are
+  // N of the (query row, query head) pairs of that KV head, which share every key and value that is
+  // unpacked. Each SIMD-group takes NB sub-blocks of 16 tokens at a time. A lane holds, of
+  //   the keys:    tokens row and row + 8, and a quarter (quad) of the dimensions;
+  //   the logits:  tokens row and row + 8, columns 2 quad and 2 quad + 1;
+  //   the values:  tokens 2 quad, 2 quad + 1 and those + 8, and an eighth (row) of the dimensions.
+  // The order of bytes is that of vllm_metal_tq/layout.py.
+  //
+  // queries [B, H, L, head_dim] T; pages uchar; block_table [B, max_blocks] int;
+  // lengths [B, 2] int: tokens in pages, tokens in all; the L query rows are the last of these
+  // signs [D] float; shape int: H, HKV, L, head_dim, max_blocks, column groups, window (0: none)
+  // numbers float: factor of the logits, softcap, sparse_v, b, a/b, c/b of the value levels
+  // partial [B, H, L, splits, D + 2] float: sum of weight * value, then maximum (base 2) and sum
+  // Template: T, D, M, BS, planes KL, KH, VL, VH, N, NSG, NB, SOFTCAP, SPARSE.
+  constexpr int KB = KL + KH;
+  constexpr int VB = VL + VH;
+  constexpr int KD = (D <= 64 || KL == 8) ? 16 : 32;        // key dimensions of a lane, per chunk
+  constexpr int NKC = (D + 4 * KD - 1) / (4 * KD);          // chunks
+  constexpr int KLW = KD * KL / 32;                         // words of a lane, token and chunk
+  constexpr int KHB = KH > 0 ? KD * KH / 8 : 4;             // bytes of the high plane
+  constexpr int KHW = (KHB + 3) / 4;
+  constexpr int NPAIR = NKC * KD / 2;                       // key pairs of a lane and token
+  constexpr int VD = D <= 64 ? 8 : 16;                      // value dimensions of a lane, per unit
+  constexpr int NU = (D + 127) / 128;                       // units
+  constexpr int VLB = VD * VL / 2;                          // bytes of a lane and unit
+  constexpr int VLN = (VLB + 15) / 16;                      // loads
+  constexpr int VLS = VLB < 16 ? VLB : 16;                  // bytes of a load
+  constexpr int VHB = VH > 0 ? VD * VH / 2 : 4;
+  constexpr int SUB = 2 * D * (KB + VB);                    // bytes of a sub-block's codes
+  constexpr int NSB = BS / 16;
+  constexpr int PAGE = NSB * SUB + 4 * BS;
+  constexpr int NT = NU * VD / 2;                           // tiles of 16 value dimensions
+  constexpr float NEVER = -3e38f;                           // logit of a token that is not seen
+  const int lane = thread_index_in_simdgroup;
+  const int sg = simdgroup_index_in_threadgroup;
+  const int row = TQ_ROW(lane);
+  const int quad = TQ_QUAD(lane);
+  const int row_bits[3] = TQ_ROW_BITS;
+
+  const int H = shape[0];
+  const int HKV = shape[1];
+  const int L = shape[2];
+  const int head_dim = shape[3];
+  const int groups = shape[5];
+  const int window = shape[6];
+  const int G = H / HKV;
+  const int seq = threadgroup_position_in_grid.z;
+  const int kvh = threadgroup_position_in_grid.y / groups;
+  const int first_column = threadgroup_position_in_grid.y % groups * N;
+  const int columns = min(N, G * L - first_column);
+  const int splits = threadgroups_per_grid.x;
+  const int split = threadgroup_position_in_grid.x;
+
+  // Row l is the token at position `rows_from` + l and sees `window` positions back, itself included.
+  const int paged = lengths[2 * seq];
+  const int rows_from = lengths[2 * seq + 1] - L;
+  const int first_row = first_column / G;
+  const int last_row = (first_column + columns - 1) / G;
+  const int see_from = window > 0 ? rows_from + 1 - window : 0;
+  const int end = min(paged, rows_from + last_row + 1);
+  const int begin = max(window > 0 ? see_from + first_row : 0, 0);
+  const int end_of_all = min(paged, rows_from + first_row + 1);
+  const int begin_of_all = window > 0 ? see_from + last_row : 0;
+  const int sub0 = begin / 16;
+  const int nsub = max((end + 15) / 16, sub0);
+  const int ntile = (nsub - sub0 + NB - 1) / NB;
+  const int tile0 = split * ntile / splits;
+  const int tile1 = (split + 1) * ntile / splits;
+  const uint zero = TQ_UNKNOWN_ZERO(paged);
+
+  threadgroup float4 shared4[NSG * N * D / 4];
+  threadgroup float* shared = (threadgroup float*)shared4;
+  threadgroup float shared_m[NSG][N];
+  threadgroup float shared_l[NSG][N];
+
+  // Rotate the queries.
+  for (int n = sg; n < N; n += NSG) {
+    const int column = first_column + min(n, columns - 1);
+    const size_t at = (size_t(seq * H + kvh * G + column % G) * L + column / G) * head_dim;
+    float v[D / 32];
+    TQ_UNROLL
+    for (int e = 0; e < D / 32; ++e) {
+      const int d = lane + 32 * e;
+      v[e] = d < head_dim ? float(queries[at + d]) * signs[d] : 0.0f;
+    }
+    tq_hadamard<D, M, false>(v, lane);
+    const float norm = 1.0f / sqrt(float(D));
+    TQ_UNROLL
+    for (int e = 0; e < D / 32; ++e) shared[n * D + lane + 32 * e] = v[e] * norm;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // Their fragments, and what corrects the logits for the offsets of the key pairs.
+  uint2 qf[NPAIR / 2];
+  TQ_UNROLL
+  for (int p = 0; p < NPAIR; ++p) {
+    float f[2];
+    TQ_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int step = TQ_B_STEP(row, quad, e);
+      const int n = TQ_B_COLUMN(row, quad, e);
+      const int d = p / (KD / 2) * (4 * KD) + (step >> 1) * KD + p % (KD / 2) + (step & 1) * (KD / 2);
+      f[e] = n < N && d < D ? shared[n * D + d] : 0.0f;
+    }
+    if (p % 2 == 0) qf[p / 2].x = tq_pack(f[0], f[1]);
+    else qf[p / 2].y = tq_pack(f[0], f[1]);
+  }
+  const int n0 = min(2 * quad, N - 1);
+  const int n1 = min(2 * quad + 1, N - 1);
+  float offset0 = 0.0f, offset1 = 0.0f;
+  for (int d = row; d < D; d += 8) {
+    const float by = -tq_key_offset<KL, KH>(d % (KD / 2) % (16 / KL));
+    offset0 = fma(float(half(shared[n0 * D + d])), by, offset0);
+    offset1 = fma(float(half(shared[n1 * D + d])), by, offset1);
+  }
+  TQ_UNROLL
+  for (int k = 0; k < 3; ++k) {
+    offset0 += simd_shuffle_xor(offset0, ushort(row_bits[k]));
+    offset1 += simd_shuffle_xor(offset1, ushort(row_bits[k]));
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // What this lane's two columns see.
+  const int row0 = (first_column + min(n0, columns - 1)) / G;
+  const int row1 = (first_column + min(n1, columns - 1)) / G;
+  const int end0 = min(paged, rows_from + row0 + 1);
+  const int end1 = min(paged, rows_from + row1 + 1);
+  const int begin0 = window > 0 ? see_from + row0 : 0;
+  const int begin1 = window > 0 ? see_from + row1 : 0;
+
+  const float level_b = numbers[3];
+  const half2 level_a = as_type<half2>(tq_pack(numbers[4], numbers[4]));
+  const half2 level_c = as_type<half2>(tq_pack(numbers[5], numbers[5]));
+  const float factor = numbers[0];
+  float4 acc[NT];
+  TQ_UNROLL
+  for (int j = 0; j < NT; ++j) {
+    acc[j].x = 0.0f;
+    acc[j].y = 0.0f;
+    acc[j].z = 0.0f;
+    acc[j].w = 0.0f;
+  }
+  float m0 = -1e30f, m1 = -1e30f, l0 = 0.0f, l1 = 0.0f;
+
+  int blocks[NB];
+  TQ_UNROLL
+  for (int b = 0; b < NB; ++b) {
+    const int sub = min(sub0 + (tile0 + sg) * NB + b, max(nsub - 1, 0));
+    blocks[b] = block_table[seq * shape[4] + sub / NSB];
+  }
+  TQ_NO_UNROLL
+  for (int tile = tile0 + sg; tile < tile1; tile += NSG) {
+    // Load.
+    uint kl[NB][NKC][2][KLW];
+    uint kh[NB][NKC][2][KHW];
+    uint vl[NB][NU][VLN][(VLS + 3) / 4];
+    uint vh[NB][NU][(VHB + 3) / 4];
+    uint scales[NB][2];
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      const int sub = min(sub0 + tile * NB + b, nsub - 1);
+      const device uchar* page = pages + (size_t(blocks[b]) * HKV + kvh) * size_t(PAGE);
+      const device uchar* base = page + sub % NSB * SUB;
+      TQ_UNROLL
+      for (int c = 0; c < NKC; ++c) {
+        constexpr int PER = 128 / (4 * KD);  // chunks of a unit
+        const int unit = c / PER;
+        const int dims = min(128, D - 128 * unit);
+        const int from = c % PER * (4 * KD) + quad * KD;
+        const int mine = from < dims ? from : 0;
+        TQ_UNROLL
+        for (int t = 0; t < 2; ++t) {
+          const int at = (row + 8 * t) * dims + mine;
+          tq_load<KLW * 4>(kl[b][c][t], base + unit * 256 * KL + at * KL / 8);
+          if (KH > 0) tq_load<KHB>(kh[b][c][t], base + 2 * D * KL + unit * 256 * KH + at * KH / 8);
+          else kh[b][c][t][0] = 0;
+        }
+      }
+      TQ_UNROLL
+      for (int u = 0; u < NU; ++u) {
+        const int rows = min(128, D - 128 * u) / VD;
+        const int mine = (row < rows ? row : 0) * 4 + quad;
+        const device uchar* values = base + 2 * D * KB + u * 256 * VL;
+        TQ_UNROLL
+        for (int i = 0; i < VLN; ++i) tq_load<VLS>(vl[b][u][i], values + (i * rows * 4 + mine) * VLS);
+        if (VH > 0) tq_load<VHB>(vh[b][u], base + 2 * D * (KB + VL) + u * 256 * VH + mine * VHB);
+        else vh[b][u][0] = 0;
+      }
+      TQ_UNROLL
+      for (int t = 0; t < 2; ++t) {
+        scales[b][t] = tq_load1(page + NSB * SUB + (sub % NSB * 16 + row + 8 * t) * 4);
+      }
+    }
+
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      blocks[b] = block_table[seq * shape[4] + min(sub0 + (tile + NSG) * NB + b, nsub - 1) / NSB];
+    }
+
+    // Logits.
+    float4 s[NB];
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      s[b].x = offset0;
+      s[b].y = offset1;
+      s[b].z = offset0;
+      s[b].w = offset1;
+    }
+    TQ_UNROLL
+    for (int p = 0; p < NPAIR; p += 2) {
+      TQ_UNROLL
+      for (int b = 0; b < NB; ++b) {
+        uint a[2][2];
+        TQ_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int c = (p + i) / (KD / 2);
+          const int j = (p + i) % (KD / 2);
+          TQ_UNROLL
+          for (int t = 0; t < 2; ++t) {
+            a[i][t] = tq_pair<KL, KH, 0>(kl[b][c][t][j * KL / 16], j % (16 / KL),
+                                         kh[b][c][t][j * KH / 16], j * KH % 16, zero);
+          }
+        }
+        tq_matrix(s[b], a[0][0], a[0][1], a[1][0], a[1][1], qf[p / 2]);
+      }
+    }
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      const float k0 = float(tq_low(scales[b][0])) * factor;
+      const float k1 = float(tq_low(scales[b][1])) * factor;
+      s[b].x *= k0;
+      s[b].y *= k0;
+      s[b].z *= k1;
+      s[b].w *= k1;
+      if (SOFTCAP) {
+        s[b].x = tq_softcap(s[b].x, numbers[1]);
+        s[b].y = tq_softcap(s[b].y, numbers[1]);
+        s[b].z = tq_softcap(s[b].z, numbers[1]);
+        s[b].w = tq_softcap(s[b].w, numbers[1]);
+      }
+    }
+    const int token = (sub0 + tile * NB) * 16;
+    if (token < begin_of_all || token + NB * 16 > end_of_all) {
+      TQ_UNROLL
+      for (int b = 0; b < NB; ++b) {
+        const int t = token + b * 16 + row;
+        if (t < begin0 || t >= end0) s[b].x = NEVER;
+        if (t < begin1 || t >= end1) s[b].y = NEVER;
+        if (t + 8 < begin0 || t + 8 >= end0) s[b].z = NEVER;
+        if (t + 8 < begin1 || t + 8 >= end1) s[b].w = NEVER;
+        // Bytes that no token has written may be any number, so their scales are not used.
+        if (t >= paged) scales[b][0] = 0;
+        if (t + 8 >= paged) scales[b][1] = 0;
+      }
+    }
+
+    // Lazy maximum: rescale only when a logit exceeds it by more than 6, a factor of 64.
+    float top0 = NEVER, top1 = NEVER;
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      top0 = max(top0, max(s[b].x, s[b].z));
+      top1 = max(top1, max(s[b].y, s[b].w));
+    }
+    if (simd_any(top0 > m0 + 6.0f || top1 > m1 + 6.0f)) {
+      TQ_UNROLL
+      for (int k = 0; k < 3; ++k) {
+        top0 = max(top0, simd_shuffle_xor(top0, ushort(row_bits[k])));
+        top1 = max(top1, simd_shuffle_xor(top1, ushort(row_bits[k])));
+      }
+      top0 = max(top0, m0);
+      top1 = max(top1, m1);
+      const float r0 = fast::exp2(m0 - top0), r1 = fast::exp2(m1 - top1);
+      m0 = top0;
+      m1 = top1;
+      l0 *= r0;
+      l1 *= r1;
+      TQ_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        acc[j].x *= r0;
+        acc[j].y *= r1;
+        acc[j].z *= r0;
+        acc[j].w *= r1;
+      }
+    }
+
+    // Have the next sub-blocks on their way while this one's values are weighed.
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      const int sub = min(sub0 + (tile + NSG) * NB + b, nsub - 1);
+      const device uchar* page = pages + (size_t(blocks[b]) * HKV + kvh) * size_t(PAGE);
+      if (lane == 0) {
+        tq_prefetch(page + sub % NSB * SUB, SUB);
+        tq_prefetch(page + NSB * SUB + sub % NSB * 64, 64);
+      }
+    }
+
+    // Weights, and their products with the values.
+    TQ_UNROLL
+    for (int b = 0; b < NB; ++b) {
+      float4 w;
+      w.x = fast::exp2(s[b].x - m0);
+      w.y = fast::exp2(s[b].y - m1);
+      w.z = fast::exp2(s[b].z - m0);
+      w.w = fast::exp2(s[b].w - m1);
+      l0 += w.x + w.z;
+      l1 += w.y + w.w;
+      if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) >= numbers[2])) continue;
+      const float v0 = float(tq_high(scales[b][0]));
+      const float v1 = float(tq_high(scales[b][1]));
+      uint2 weights;
+      weights.x = tq_as_b(tq_pack(w.x * v0, w.y * v0));
+      weights.y = tq_as_b(tq_pack(w.z * v1, w.w * v1));
+      TQ_UNROLL
+      for (int u = 0; u < NU; ++u) {
+        TQ_UNROLL
+        for (int j = 0; j < VD; j += 2) {
+          uint a[2][2];
+          TQ_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            TQ_UNROLL
+            for (int p = 0; p < 2; ++p) {
+              const int word = (p * VD + j + i) * VL / 16;
+              const int bit = VD * VH == 8 ? p * 8 + j + i : (j + i) * VH % 16;
+              const int high = VD * VH == 8 ? 0 : (p * VD + j + i) * VH / 16;
+              a[p][i] = tq_value_pair<VL, VH>(vl[b][u][word / 4][word % 4], (j + i) % (16 / VL),
+                                              vh[b][u][high], bit, zero, level_a, level_c);
+            }
+          }
+          tq_matrix(acc[u * (VD / 2) + j / 2], a[0][0], a[0][1], a[1][0], a[1][1], weights);
+        }
+      }
+    }
+  }
+
+  // Merge the SIMD-groups.
+  TQ_UNROLL
+  for (int k = 0; k < 3; ++k) {
+    l0 += simd_shuffle_xor(l0, ushort(row_bits[k]));
+    l1 += simd_shuffle_xor(l1, ushort(row_bits[k]));
+  }
+  TQ_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    const int n = 2 * quad + e;
+    if (n < N) {
+      if (row == 0) {
+        shared_m[sg][n] = e == 0 ? m0 : m1;
+        shared_l[sg][n] = e == 0 ? l0 : l1;
+      }
+      TQ_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        const int d = j / (VD / 2) * 128 + row * VD + j % (VD / 2) * 2;
+        if (d < D) {
+          shared[(sg * N + n) * D + d] = e == 0 ? acc[j].x : acc[j].y;
+          shared[(sg * N + n) * D + d + 1] = e == 0 ? acc[j].z : acc[j].w;
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = thread_index_in_threadgroup; i < columns * D; i += NSG * 32) {
+    const int n = i / D;
+    const int d = i % D;
+    const int column = first_column + n;
+    float top = -1e30f;
+    for (int j = 0; j < NSG; ++j) top = max(top, shared_m[j][n]);
+    float sum = 0.0f, weights = 0.0f;
+    for (int j = 0; j < NSG; ++j) {
+      const float r = fast::exp2(shared_m[j][n] - top);
+      weights = fma(shared_l[j][n], r, weights);
+      sum = fma(shared[(j * N + n) * D + d], r, sum);
+    }
+    const size_t out = ((size_t(seq * H + kvh * G + column % G) * L + column / G) * splits + split) * (D + 2);
+    partial[out + d] = sum * level_b;
+    if (d == 0) {
+      partial[out + D] = top;
+      partial[out + D + 1] = weights;
+    }
+  }

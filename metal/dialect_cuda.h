@@ -1,0 +1,105 @@
+// The CUDA side of the dialect: Metal's words, for mx.fast.cuda_kernel. A threadgroup is a block,
+// a SIMD-group a warp. vllm_metal_tq/kernels/launch.py takes the address spaces out of the kernels.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+
+#define TQ_FN __device__ __forceinline__
+#define TQ_UNROLL _Pragma("unroll")
+#define TQ_NO_UNROLL _Pragma("unroll 1")
+#define TQ_TABLE static __device__ const
+#define TQ_QUERY float
+#define thread_index_in_simdgroup (int(threadIdx.x) & 31)
+#define simdgroup_index_in_threadgroup (int(threadIdx.x) >> 5)
+#define thread_index_in_threadgroup int(threadIdx.x)
+#define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
+#define threadgroup_barrier(flags) __syncthreads()
+#define simdgroup_barrier(flags) __syncwarp()
+// 0 for every x >= 0, which the compiler cannot know: a mask with it added stays in a register, and
+// (w & mask) | bits is then one instruction.
+#define TQ_UNKNOWN_ZERO(x) (uint(x) >> 31)
+
+TQ_FN float simd_shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+TQ_FN float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
+TQ_FN bool simd_any(bool p) { return __any_sync(0xffffffffu, p); }
+
+namespace fast {
+TQ_FN float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+}  // namespace fast
+
+template <class T, class S> TQ_FN T as_type(S s) { return *reinterpret_cast<T*>(&s); }
+TQ_FN half2 fma(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
+TQ_FN half2 abs(half2 a) { return __habs2(a); }
+
+// Start to bring bytes, a multiple of 16, into the second cache.
+TQ_FN void tq_prefetch(const uchar* p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(p), "r"(bytes));
+#endif
+}
+// Pages are read once: loads that do not stay in the first cache.
+TQ_FN uint4 tq_load4(const uchar* p) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
+TQ_FN uint2 tq_load2(const uchar* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
+  return r;
+}
+TQ_FN uint tq_load1(const uchar* p) {
+  uint r;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+TQ_FN uint tq_load_half(const uchar* p) { return *(const ushort*)p; }
+TQ_FN half tq_low(uint x) { return __ushort_as_half((ushort)(x & 0xffffu)); }
+TQ_FN half tq_high(uint x) { return __ushort_as_half((ushort)(x >> 16)); }
+TQ_FN uint tq_pack(float a, float b) { return as_type<uint>(__floats2half2_rn(a, b)); }
+
+#define TQ_ROW(lane) ((lane) >> 2)
+#define TQ_QUAD(lane) ((lane) & 3)
+#define TQ_ROW_BITS {4, 8, 16}
+#define TQ_QUAD_BITS {1, 2}
+#define TQ_B_STEP(row, quad, e) (2 * (quad) + (e))
+#define TQ_B_COLUMN(row, quad, e) (row)
+
+TQ_FN void tq_matrix(float4& c, uint a0, uint a1, uint a2, uint a3, uint2 b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+TQ_FN uint tq_as_b(uint x) {
+  uint y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+TQ_FN float saturate(float x) { return __saturatef(x); }
+TQ_FN half2 tq_saturated_fma(half2 a, half2 b, half2 c) { return __hfma2_sat(a, b, c); }
+TQ_FN float tq_inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+TQ_FN float tq_inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The integer nearest to x, plus 1/2, for x from 0 to 2^9, times 2^-SHIFT.
+template <int SHIFT> TQ_FN half2 tq_round_and_half(half2 x) {
+  constexpr float unit = 1.0f / (1 << SHIFT);
+  return __hfma2(x + __float2half2_rn(1024.0f), __float2half2_rn(unit), __float2half2_rn(-1023.5f * unit));
+}
+// The integer nearest to x, plus 1/2, for x from 0 to 2^22.
+TQ_FN float tq_round_and_half(float x) { return (x + 8388608.0f) - 8388607.5f; }

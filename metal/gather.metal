@@ -1,0 +1,29 @@
+  // Decodes the pages of a sequence. A thread makes eight elements of one key or one value:
+  // grid (tokens * D / 8 in threadgroups of THREADS, KV heads, keys or values).
+  //
+  // pages        uint8 (blocks, KV heads, PAGE)
+  // block_table  int32 (blocks of the sequence)
+  // num_tokens   int32 (1)
+  // offsets      uint32 (BLOCK, ROW): where in its page each byte of a row lies
+  // levels       float (2^K bits + 2^V bits): of the key codes, then of the value codes
+  // keys, values T (KV heads, tokens, D)
+  const bool of_value = threadgroup_position_in_grid.z == 1;
+  const int heads = threadgroups_per_grid.y;
+  const int head = threadgroup_position_in_grid.y;
+  const int work = int(threadgroup_position_in_grid.x) * THREADS + int(thread_index_in_threadgroup);
+  const int token = work / (D / 8);
+  const int d = work % (D / 8) * 8;
+  if (token >= num_tokens[0]) return;
+
+  const size_t page_number = size_t(block_table[token / BLOCK]) * heads + head;
+  const device uchar* page = pages + page_number * PAGE;
+  const device uint* row = offsets + token % BLOCK * ROW;
+  uint codes[8];
+  if (of_value) tq_eight_codes<V_LOW, V_HIGH>(codes, page, row + V_LOW_AT, row + V_HIGH_AT, d);
+  else tq_eight_codes<K_LOW, K_HIGH>(codes, page, row + K_LOW_AT, row + K_HIGH_AT, d);
+  const float scale = float(tq_low(tq_load_half(page + row[SCALES_AT + (of_value ? 2 : 0)])));
+  const int first_level = of_value ? 1 << (K_LOW + K_HIGH) : 0;
+  float x[8];
+  TQ_UNROLL
+  for (int e = 0; e < 8; ++e) x[e] = scale * levels[first_level + int(codes[e])];
+  tq_store8((of_value ? values : keys) + (size_t(head) * num_tokens[0] + token) * D + d, x);

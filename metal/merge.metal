@@ -1,0 +1,119 @@
+  // Merge the splits of decode, add the tokens that are not in pages yet, rotate back.
+  // One threadgroup a query row and head.
+  //
+  // partial: as decode writes it; queries [B, H, L, head_dim] T; lengths [B, 2] int: tokens in
+  // pages, tokens in all; tail_keys, tail_values [B, HKV, tail, head_dim] T: the tokens between,
+  // as the model made them; sinks [H] float: logits; signs [D] float
+  // shape int: H, HKV, L, head_dim, splits, tail, window (0: none)
+  // numbers float: factor of the logits, softcap
+  // attended [B, H, L, head_dim] T
+  // Template: T, D, M, NSG, TAIL, SINKS, SOFTCAP.
+  constexpr int E = D / 32;
+  const int lane = thread_index_in_simdgroup;
+  const int sg = simdgroup_index_in_threadgroup;
+  const int H = shape[0];
+  const int L = shape[2];
+  const int head_dim = shape[3];
+  const int splits = shape[4];
+  const int window = shape[6];
+  const int row = threadgroup_position_in_grid.x;  // (seq * H + head) * L + l
+  const int head = row / L % H;
+  const int seq = row / L / H;
+
+  threadgroup float sums[NSG][D];
+  threadgroup float tail_sums[NSG][D];
+  threadgroup float split_ms[NSG];
+  threadgroup float split_ls[NSG];
+  threadgroup float tail_m[NSG];
+  threadgroup float tail_l[NSG];
+
+  // This SIMD-group's share of the splits.
+  float m = -1e30f, l = 0.0f;
+  float v[E];
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) v[e] = 0.0f;
+  for (int s = sg; s < splits; s += NSG) {
+    const size_t at = (size_t(row) * splits + s) * (D + 2);
+    const float split_m = partial[at + D];
+    const float higher = max(m, split_m);
+    const float r = fast::exp2(m - higher), w = fast::exp2(split_m - higher);
+    m = higher;
+    l = fma(l, r, w * partial[at + D + 1]);
+    TQ_UNROLL
+    for (int e = 0; e < E; ++e) v[e] = fma(v[e], r, w * partial[at + lane + 32 * e]);
+  }
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) sums[sg][lane + 32 * e] = v[e];
+  if (lane == 0) {
+    split_ms[sg] = m;
+    split_ls[sg] = l;
+  }
+
+  if (TAIL) {
+    const int paged = lengths[2 * seq];
+    const int position = lengths[2 * seq + 1] - L + row % L;
+    const int first = window > 0 ? max(position + 1 - window - paged, 0) : 0;
+    const int kv_row = (seq * shape[1] + head / (H / shape[1])) * shape[5];
+    float top = -1e30f, weights = 0.0f;
+    TQ_UNROLL
+    for (int e = 0; e < E; ++e) v[e] = 0.0f;
+    for (int t = first + sg; t <= position - paged; t += NSG) {
+      const size_t at = size_t(kv_row + t) * head_dim;
+      float dot = 0.0f;
+      for (int d = lane; d < head_dim; d += 32) {
+        dot = fma(float(queries[size_t(row) * head_dim + d]), float(tail_keys[at + d]), dot);
+      }
+      TQ_UNROLL
+      for (int k = 1; k < 32; k *= 2) dot += simd_shuffle_xor(dot, ushort(k));
+      dot *= numbers[0];
+      if (SOFTCAP) dot = tq_softcap(dot, numbers[1]);
+      const float higher = max(top, dot);
+      const float r = fast::exp2(top - higher), w = fast::exp2(dot - higher);
+      top = higher;
+      weights = fma(weights, r, w);
+      TQ_UNROLL
+      for (int e = 0; e < E; ++e) {
+        const int d = lane + 32 * e;
+        v[e] = fma(v[e], r, d < head_dim ? w * float(tail_values[at + d]) : 0.0f);
+      }
+    }
+    TQ_UNROLL
+    for (int e = 0; e < E; ++e) tail_sums[sg][lane + 32 * e] = v[e];
+    if (lane == 0) {
+      tail_m[sg] = top;
+      tail_l[sg] = weights;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  if (sg == 0) {
+    float top = SINKS ? sinks[head] * 1.44269504f : -1e30f;
+    for (int j = 0; j < NSG; ++j) top = max(top, split_ms[j]);
+    if (TAIL) {
+      for (int j = 0; j < NSG; ++j) top = max(top, tail_m[j]);
+    }
+    float total = SINKS ? fast::exp2(sinks[head] * 1.44269504f - top) : 0.0f;
+    if (TAIL) {
+      for (int j = 0; j < NSG; ++j) total = fma(tail_l[j], fast::exp2(tail_m[j] - top), total);
+    }
+    TQ_UNROLL
+    for (int e = 0; e < E; ++e) v[e] = 0.0f;
+    for (int j = 0; j < NSG; ++j) {
+      const float w = fast::exp2(split_ms[j] - top);
+      total = fma(split_ls[j], w, total);
+      TQ_UNROLL
+      for (int e = 0; e < E; ++e) v[e] = fma(sums[j][lane + 32 * e], w, v[e]);
+    }
+    tq_hadamard<D, M, true>(v, lane);
+    const float norm = 1.0f / sqrt(float(D));
+    const float per_total = total > 0.0f ? 1.0f / total : 0.0f;
+    TQ_UNROLL
+    for (int e = 0; e < E; ++e) {
+      const int d = lane + 32 * e;
+      float x = v[e] * norm * signs[d];
+      if (TAIL) {
+        for (int j = 0; j < NSG; ++j) x = fma(tail_sums[j][d], fast::exp2(tail_m[j] - top), x);
+      }
+      if (d < head_dim) attended[size_t(row) * head_dim + d] = T(x * per_total);
+    }
+  }

@@ -1,0 +1,112 @@
+import mlx.core as mx
+import pytest
+from kernels.reference import Case, float64
+
+from vllm_metal_tq.config import WIDTHS
+from vllm_metal_tq.kernels.decode import decode
+
+BOUND = 5e-4
+F32 = {"dtype": mx.float32}
+
+
+@pytest.fixture(params=["mma"])
+def variant(request):
+    return request.param
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 333])
+def test_contexts_with_whole_and_partial_sub_blocks(length, variant, execute):
+    assert Case([length], **F32).error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("bits", [(b, b) for b in WIDTHS] + [(8, 4), (8, 3), (4, 8), (2, 5)])
+def test_widths(bits, variant, execute):
+    case = Case([77, 5], bits=bits, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (8, 6)])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 160, 192, 224, 256])
+def test_head_dims(head_dim, bits, variant, execute):
+    case = Case([50], head_dim=head_dim, bits=bits, block_size=32, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 10])
+def test_query_heads_of_a_kv_head(group, variant, execute):
+    case = Case([50, 17], heads=(2 * group, 2), **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("batch", [7, 9])
+def test_batches_whose_lengths_have_fewer_and_more_than_8_elements(batch, variant, execute):
+    lengths = [1 + 13 * i for i in range(batch)]
+    assert Case(lengths, **F32).error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_rows_of_a_window_do_not_see_what_comes_after_them(rows, variant, execute):
+    case = Case([rows, 90], rows=rows, heads=(6, 2), **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("window", [1, 9, 30, 1000])
+def test_sliding_window(window, variant, execute):
+    case = Case([90, 33], rows=4, window=window, tail=2, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+def test_soft_cap(variant, execute):
+    case = Case([90], softcap=5.0, loud=4.0, tail=1, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+def test_sinks(variant, execute):
+    case = Case([90], sinks=True, tail=1, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+def test_a_tail_that_was_never_in_pages(variant, execute):
+    case = Case([0, 40], rows=3, tail=5, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_the_output_is_rounded_to_the_dtype_of_the_queries(dtype, variant, execute):
+    case = Case([90], tail=1, dtype=dtype)
+    assert case.attended(decode, variant=variant, execute=execute).dtype == dtype
+    rounding = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]
+    assert case.error(decode, variant=variant, execute=execute) < BOUND + rounding
+
+
+@pytest.mark.parametrize(("loud", "bound"), [(0.1, BOUND), (4.0, 2 * BOUND)])
+def test_flat_and_peaked_attention(loud, bound, variant, execute):
+    # Rotated queries are half floats, whose rounding grows with the spread of the logits.
+    assert Case([333], loud=loud, **F32).error(decode, variant=variant, execute=execute) < bound
+
+
+def test_sparse_v_errs_by_no_more_than_it_says(variant, execute):
+    case = Case([333], loud=4.0, sparse_v=0.05, **F32)
+    exact = Case([333], loud=4.0, **F32)
+    got, want = (
+        float64(c.attended(decode, variant=variant, execute=execute)) for c in (case, exact)
+    )
+    largest = max(abs(x).max() for x in exact._tokens(0))
+    assert 0 < abs(got - want).max() <= 333 * 0.05 * largest
+
+
+def test_a_sequence_is_attended_the_same_alone_and_in_company(variant, execute):
+    together = Case([40, 333, 77], **F32)
+    got = together.attended(decode, variant=variant, execute=execute)
+    alone = decode(
+        together.queries[1:2],
+        together.pool.pages,
+        together.block_table[1:2],
+        together.lengths[1:2],
+        together.layout,
+        together.options,
+        max_tokens=333,
+        variant=variant,
+        execute=execute,
+    )
+    assert abs(float64(alone[0]) - float64(got[1])).max() < 1e-4

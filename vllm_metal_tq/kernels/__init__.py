@@ -1,0 +1,1 @@
+"""GPU kernels, each beside the launch that runs it."""

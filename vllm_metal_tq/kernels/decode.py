@@ -1,0 +1,191 @@
+"""Attention of a few query rows over compressed pages: two launches, decode and merge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ..codebook import value_codebook
+from ..layout import PLANE_BITS, PageLayout
+from ..rotation import hadamard_factor, signs
+from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
+
+MAX_ROWS = 8
+MAX_DIM = 256
+THREADGROUP_BYTES = 32768
+SIMD = 32
+WAVE = 2112  # SIMD-groups in flight: 16 on each of an H200's 132 processors
+
+LOG2E = 1 / math.log(2)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model asks of attention, besides queries and pages.
+
+    Attributes:
+        scale: factor of the logits.
+        window: how many tokens a query sees, itself included; 0 is all.
+        softcap: logits become ``softcap * tanh(logit / softcap)``; 0 leaves them.
+        sparse_v: values are skipped where all weights of a sub-block of 16 tokens lie below this
+            fraction of the largest weight met so far. An output element then errs by at most
+            ``num_tokens * sparse_v * max |value|``. 0 skips none.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sparse_v: float = 0.0
+
+
+def decode(
+    queries: mx.array,
+    pages: mx.array,
+    block_table: mx.array,
+    lengths: mx.array,
+    layout: PageLayout,
+    options: Options,
+    *,
+    tail: tuple[mx.array, mx.array] | None = None,
+    sinks: mx.array | None = None,
+    max_tokens: int,
+    variant: str | None = None,
+    execute: Executor = on_gpu,
+) -> mx.array:
+    """Attend from the last tokens of each sequence to all that they see.
+
+    Args:
+        queries: ``(B, num_heads, L, head_dim)``, L at most 8; row l is the token at position
+            ``lengths[:, 1] - L + l`` and sees no token after itself.
+        pages: uint8 ``(num_blocks, num_kv_heads, page_bytes)``.
+        block_table: int32 ``(B, max_blocks)``.
+        lengths: int32 ``(B, 2)``: tokens that are read from pages, and tokens in all.
+        layout: the layout of ``pages``.
+        options: scale, window, softcap, sparse_v.
+        tail: keys and values of the tokens that are not read from pages, as the model made them,
+            ``(B, num_kv_heads, tail, head_dim)`` each in the queries' dtype, first token first.
+        sinks: a learned logit for each head, ``(num_heads,)``.
+        max_tokens: at least the largest of ``lengths[:, 0]``; it decides how the work is split.
+        variant: ``mma`` or ``fma``; None is ``variant_for`` this GPU.
+        execute: what runs the launches.
+
+    Returns:
+        ``(B, num_heads, L, head_dim)`` in the queries' dtype.
+    """
+    batch, num_heads, rows, head_dim = queries.shape
+    num_kv_heads = pages.shape[1]
+    dim, m = layout.dim, hadamard_factor(layout.dim)
+    factor, softcap = _logits(options)
+    columns = rows * num_heads // num_kv_heads
+    width = min(columns, 8)
+    groups = -(-columns // width)
+    simdgroups = _simdgroups(width, dim)
+    splits = _splits(max_tokens, batch * num_kv_heads * groups, simdgroups)
+    k, v = layout.config.k_bits, layout.config.v_bits
+    template = {"T": queries.dtype, "D": dim, "M": m, "BS": layout.config.block_size}
+    template |= dict(zip(("KL", "KH"), (*PLANE_BITS[k], 0), strict=False))
+    template |= dict(zip(("VL", "VH"), (*PLANE_BITS[v], 0), strict=False))
+    template |= {"N": width, "NSG": simdgroups, "NB": _sub_blocks(layout)}
+    template |= {"SOFTCAP": int(softcap > 0), "SPARSE": int(options.sparse_v > 0)}
+    (partial,) = execute(
+        Launch(
+            f"decode_{variant or variant_for(width)}",
+            {
+                "queries": queries,
+                "pages": pages,
+                "block_table": block_table,
+                "lengths": lengths,
+                "signs": signs(dim),
+                "shape": integers(
+                    num_heads,
+                    num_kv_heads,
+                    rows,
+                    head_dim,
+                    block_table.shape[1],
+                    groups,
+                    options.window,
+                ),
+                "numbers": numbers(
+                    factor, softcap, options.sparse_v, *value_codebook(v).coefficients
+                ),
+            },
+            template,
+            {"partial": ((batch, num_heads, rows, splits, dim + 2), mx.float32)},
+            (splits * simdgroups * SIMD, num_kv_heads * groups, batch),
+            (simdgroups * SIMD, 1, 1),
+        )
+    )
+    tail_size = 0 if tail is None else tail[0].shape[2]
+    keys, values = tail if tail_size else (queries, queries)
+    (attended,) = execute(
+        Launch(
+            "merge",
+            {
+                "partial": partial,
+                "queries": queries,
+                "lengths": lengths,
+                "tail_keys": keys,
+                "tail_values": values,
+                "sinks": signs(dim) if sinks is None else sinks.astype(mx.float32),
+                "signs": signs(dim),
+                "shape": integers(
+                    num_heads, num_kv_heads, rows, head_dim, splits, tail_size, options.window
+                ),
+                "numbers": numbers(factor, softcap),
+            },
+            {
+                "T": queries.dtype,
+                "D": dim,
+                "M": m,
+                "NSG": 8,
+                "TAIL": int(tail_size > 0),
+                "SINKS": int(sinks is not None),
+                "SOFTCAP": int(softcap > 0),
+            },
+            {"attended": (queries.shape, queries.dtype)},
+            (batch * num_heads * rows * 8 * SIMD, 1, 1),
+            (8 * SIMD, 1, 1),
+        )
+    )
+    return attended
+
+
+def variant_for(columns: int) -> str:
+    """The faster kernel for so many columns: matrix fragments or plain multiply-adds.
+
+    On NVIDIA GPUs a fragment's product costs next to nothing, whatever it holds (measured on an
+    H200). Apple's GPUs before M5 multiply fragments of 8 columns on their ordinary units, which
+    pays once most of the 8 are in use (estimated; docs/performance.md has both).
+    """
+    most_for_fma = {"metal": 4, "cuda": 0}[dialect()]
+    return "fma" if columns <= most_for_fma else "mma"
+
+
+def _logits(options: Options) -> tuple[float, float]:
+    """The factor and the softcap of the kernels, which take logits in base 2."""
+    if options.softcap:
+        return 2 * LOG2E * options.scale / options.softcap, LOG2E * options.softcap
+    return LOG2E * options.scale, 0.0
+
+
+def _simdgroups(width: int, dim: int) -> int:
+    """SIMD-groups of a threadgroup: 8, or as many as its memory holds."""
+    count = 8
+    while 4 * count * width * (dim + 2) > THREADGROUP_BYTES:
+        count //= 2
+    return count
+
+
+def _sub_blocks(layout: PageLayout) -> int:
+    """Sub-blocks that a SIMD-group takes at a time: 2, or 1 where registers would run out."""
+    return 2 if layout.dim <= 128 and layout.config.k_bits < 8 else 1
+
+
+@lru_cache
+def _splits(max_tokens: int, threadgroups: int, simdgroups: int) -> int:
+    """Splits of the context: one resident wave of SIMD-groups, each with at least 32 tokens."""
+    most = max(max_tokens // (32 * simdgroups), 1)
+    return max(min(WAVE // (threadgroups * simdgroups), most), 1)
