@@ -6,26 +6,36 @@ import argparse
 import sys
 
 from .. import __version__, openblas
+from . import bench as bench_command
+from . import doctor as doctor_command
 from . import eval as eval_command
 from . import generate as generate_command
 
-_COMMANDS = {"generate": generate_command, "eval": eval_command}
+_COMMANDS = {
+    "generate": generate_command,
+    "eval": eval_command,
+    "bench": bench_command,
+    "doctor": doctor_command,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad input, 130 for an interrupt."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 1 where ``doctor`` finds a fault, 2 for bad input, 130 for an interrupt.
+    """
     args = _parser().parse_args(argv)
     # Before the first import of mlx, which the commands do in run().
     if (complaint := openblas.preload()) and _on_cpu():
         print(complaint, file=sys.stderr)
     try:
-        _COMMANDS[args.command].run(args)
+        return _COMMANDS[args.command].run(args) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _on_cpu() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -33,9 +33,31 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--v-quant", help="width of values, likewise")
 
 
+def add_head_dim_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--head-dim``."""
+    parser.add_argument(
+        "--head-dim", type=int, default=128, help="elements of a key (default: 128)"
+    )
+
+
 def scheme(args: argparse.Namespace) -> TurboQuantConfig:
     """The config that the scheme arguments name."""
     return TurboQuantConfig.from_names(args.preset, args.k_quant, args.v_quant)
+
+
+def page_layout(args: argparse.Namespace):
+    """The pages that the scheme arguments and ``--head-dim`` name, where kernels can read them.
+
+    Raises:
+        ValueError: a name is unknown or the head_dim too large.
+    """
+    from ..kernels.decode import MAX_DIM
+    from ..layout import PageLayout
+
+    layout = PageLayout(scheme(args), args.head_dim)
+    if layout.dim > MAX_DIM:
+        raise ValueError(f"--head-dim {args.head_dim} is too large: the kernels take {MAX_DIM}")
+    return layout
 
 
 def scheme_fields(config: TurboQuantConfig) -> dict:
@@ -87,6 +109,17 @@ def print_table(rows: dict[str, str]) -> None:
     for name, figure in rows.items():
         table.add_row(name, figure)
     Console().print(table)
+
+
+def print_columns(header: list[str], rows: Iterable[list[str]]) -> None:
+    """Print a table with a header to standard output."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A file has no width: nothing there is folded.
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table)
 
 
 def size(num_bytes: int) -> str:

@@ -1,0 +1,91 @@
+"""How time and memory are measured: warm-up, the median of many, and what one call costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+WARM_UP, REPEATS = 3, 15
+
+
+def gpu_backend() -> str | None:
+    """``metal`` or ``cuda`` where MLX runs on a GPU, else None."""
+    if mx.default_device().type != mx.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def machine() -> dict[str, str]:
+    """The name of the device that MLX runs on, and MLX's version."""
+    name = mx.device_info().get("device_name", "unknown")
+    return {"device": f"{name} ({gpu_backend() or 'CPU'})", "mlx": mx.__version__}
+
+
+def device_bytes() -> int | None:
+    """The device's memory, None where MLX does not say."""
+    info = mx.device_info()
+    return info.get("memory_size") or info.get("total_memory")
+
+
+def wall(call: Callable[[], object]) -> float:
+    """Seconds until what ``call()`` returns is evaluated, median of ``REPEATS``."""
+    for _ in range(WARM_UP):
+        mx.eval(call())
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        mx.eval(call())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def kernel_time(call: Callable[[object], object], inputs: Sequence) -> float:
+    """Seconds of one ``call(x)`` where the host costs nothing.
+
+    All inputs are evaluated in one graph. They must differ, or equal calls would become one; on
+    a GPU the graph is compiled, so that the host only enqueues it.
+    """
+
+    def batch(xs):
+        return [call(x) for x in xs]
+
+    run = mx.compile(batch) if gpu_backend() else batch
+    mx.eval(inputs)
+    return wall(lambda: run(list(inputs))) / len(inputs)
+
+
+def chain_time(call: Callable[[mx.array], mx.array], x: mx.array, length: int) -> float:
+    """Seconds of one call in a chain of ``length``, each fed what the one before returned."""
+
+    def chain():
+        y = x
+        for _ in range(length):
+            y = call(y)
+        return y
+
+    return wall(chain) / length
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of an element-wise operation on 256 MiB (32 on a CPU)."""
+    size = (256 if gpu_backend() else 32) << 20
+    inputs = [mx.full((size // 4,), float(i), mx.float32) for i in range(4)]
+    return 2 * size / kernel_time(mx.negative, inputs)
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Bytes that the device's memory peaks at above its use before ``call()``."""
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(call())
+    return mx.get_peak_memory() - before
+
+
+def release() -> None:
+    """Give MLX's cached buffers back, between cases."""
+    mx.synchronize()
+    mx.clear_cache()
