@@ -27,7 +27,7 @@ def executor(layout: PageLayout) -> Executor | None:
     """What runs the kernels for this layout, or None where the reference serves."""
     if mx.default_device() != mx.gpu or layout.dim > decode_kernel.MAX_DIM:
         return None
-    served = {decode_kernel.variant_for(columns) for columns in range(1, 9)}
+    served = {decode_kernel.variant_for(columns, layout.dim) for columns in range(1, 9)}
     failed = [result for result in check(layout, variants=sorted(served)) if not result.ok]
     if not failed:
         return on_gpu

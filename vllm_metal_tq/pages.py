@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -70,15 +71,14 @@ class PagePool:
         self.pages = pages
         self._free = sorted(set(range(self.num_blocks)) - set(used))
 
-    def write(self, slot_mapping: np.ndarray, rows: mx.array) -> None:
+    def write(self, slot_mapping: Sequence[int], rows: mx.array) -> None:
         """Scatter rows into their slots, in place where nobody else holds ``pages``.
 
         Args:
-            slot_mapping: int ``(num_tokens,)``, block * block_size + place in the block.
+            slot_mapping: for each token, block * block_size + place in the block.
             rows: uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
         """
-        slots = tuple(slot_mapping.tolist())
-        places = _places(slots, self.num_kv_heads, self.layout)
+        places = _places(tuple(slot_mapping), self.num_kv_heads, self.layout)
         self.pages = _scatter(self.pages, rows, *places)
 
     def read(self, blocks: list[int]) -> mx.array:
@@ -100,7 +100,7 @@ class BlockTable:
         self.pool = pool
         self.blocks: list[int] = []
         self.num_tokens = 0
-        self._block_table: tuple[list[int], mx.array] | None = None
+        self._block_table: mx.array | None = None
 
     @property
     def _block_size(self) -> int:
@@ -109,20 +109,24 @@ class BlockTable:
     @property
     def block_table(self) -> mx.array:
         """The blocks as kernels take them: int32 ``(1, max_blocks)``, padded with zeros."""
-        if self._block_table is None or self._block_table[0] != self.blocks:
+        if self._block_table is None:
             # In steps of 64, so that shapes, and what is compiled for them, seldom change.
             padded = [*self.blocks, *[0] * (-len(self.blocks) % 64)]
-            self._block_table = list(self.blocks), mx.array([padded], mx.int32)
-        return self._block_table[1]
+            self._block_table = mx.array([padded], mx.int32)
+        return self._block_table
+
+    def hold(self, blocks: list[int], num_tokens: int) -> None:
+        """Take over blocks as they were saved, in order, and how many tokens they hold."""
+        self.blocks, self.num_tokens, self._block_table = blocks, num_tokens, None
 
     def append(self, rows: mx.array) -> None:
         """Store the rows of new tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
-        end = self.num_tokens + rows.shape[1]
-        self.blocks += self.pool.allocate(-(-end // self._block_size) - len(self.blocks))
-        first = self.num_tokens // self._block_size
-        index, place = np.divmod(np.arange(self.num_tokens, end), self._block_size)
-        blocks = np.array(self.blocks[first:])  # not the whole table, which may be long
-        self.pool.write(blocks[index - first] * self._block_size + place, rows)
+        size, start, end = self._block_size, self.num_tokens, self.num_tokens + rows.shape[1]
+        missing = -(-end // size) - len(self.blocks)
+        if missing:
+            self.hold(self.blocks + self.pool.allocate(missing), start)
+        slots = [self.blocks[i // size] * size + i % size for i in range(start, end)]
+        self.pool.write(slots, rows)
         self.num_tokens = end
 
     def read(self, num_tokens: int) -> mx.array:
@@ -133,15 +137,15 @@ class BlockTable:
         """Shrink the pool to this table's blocks where most of it is free. No other may use it."""
         if self.pool.num_free * self._block_size > 2 * GROWTH_TOKENS:
             pages = self.pool.pages[mx.array(self.blocks, mx.int32)]
-            self.blocks = list(range(len(self.blocks)))
+            self.hold(list(range(len(self.blocks))), self.num_tokens)
             self.pool.adopt(pages, self.blocks)
 
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens."""
-        self.num_tokens -= count
-        keep = -(-self.num_tokens // self._block_size)
+        left = self.num_tokens - count
+        keep = -(-left // self._block_size)
         self.pool.release(self.blocks[keep:])
-        del self.blocks[keep:]
+        self.hold(self.blocks[:keep], left)
 
     def evictable(self, count: int) -> int:
         """How many tokens ``evict`` drops to make room for ``count``: whole blocks only."""
@@ -157,5 +161,5 @@ class BlockTable:
         dropped = self.evictable(count)
         gone = slice(1, 1 + dropped // self._block_size)
         self.pool.release(self.blocks[gone])
-        del self.blocks[gone]
-        self.num_tokens -= dropped
+        kept = self.blocks[: gone.start] + self.blocks[gone.stop :]
+        self.hold(kept, self.num_tokens - dropped)

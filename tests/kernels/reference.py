@@ -95,7 +95,7 @@ class Case:
         return np.linalg.norm(got - want) / np.linalg.norm(want)
 
     def _sequence(self, i: int) -> np.ndarray:
-        keys, values = self._tokens(i)
+        keys, values = self.tokens(i)
         queries = float64(self.queries[i])
         heads, rows, _ = queries.shape
         keys, values = (np.repeat(x, heads // len(x), axis=0) for x in (keys, values))
@@ -115,7 +115,7 @@ class Case:
         weights /= weights.sum(axis=-1, keepdims=True)
         return weights[..., :-1] @ values
 
-    def _tokens(self, i: int):
+    def tokens(self, i: int):
         """Keys and values of a sequence, rotated back: ``(num_kv_heads, tokens, head_dim)``."""
         blocks = self.block_table[i, : max(1, -(-self.paged[i] // self.layout.config.block_size))]
         pages = self.pool.pages[blocks].swapaxes(0, 1)

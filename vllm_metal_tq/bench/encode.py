@@ -77,8 +77,8 @@ def bench_append(cache_tokens: int, head_dim: int, config: TurboQuantConfig) -> 
     """
     layout = PageLayout(config, head_dim)
     table = BlockTable(PagePool(layout, KV_HEADS))
-    table.blocks = table.pool.allocate(-(-cache_tokens // config.block_size))
-    table.num_tokens = cache_tokens - 1  # the last block has room, so the pool does not grow
+    blocks = table.pool.allocate(-(-cache_tokens // config.block_size))
+    table.hold(blocks, cache_tokens - 1)  # the last block has room, so the pool does not grow
     row = mx.zeros((KV_HEADS, 1, layout.row_bytes), mx.uint8)
     mx.eval(table.pool.pages, row)
 

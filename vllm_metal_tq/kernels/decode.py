@@ -80,7 +80,8 @@ def decode(
     dim, m = layout.dim, hadamard_factor(layout.dim)
     factor, softcap = _logits(options)
     columns = rows * num_heads // num_kv_heads
-    width = min(columns, 8)
+    variant = variant or variant_for(columns, dim)
+    width = min(columns, 8 if variant == "mma" else _most_for_fma(dim))
     groups = -(-columns // width)
     simdgroups = _simdgroups(width, dim)
     splits = _splits(max_tokens, batch * num_kv_heads * groups, simdgroups)
@@ -92,7 +93,7 @@ def decode(
     template |= {"SOFTCAP": int(softcap > 0), "SPARSE": int(options.sparse_v > 0)}
     (partial,) = execute(
         Launch(
-            f"decode_{variant or variant_for(width)}",
+            f"decode_{variant}",
             {
                 "queries": queries,
                 "pages": pages,
@@ -153,15 +154,20 @@ def decode(
     return attended
 
 
-def variant_for(columns: int) -> str:
-    """The faster kernel for so many columns: matrix fragments or plain multiply-adds.
+def variant_for(columns: int, dim: int) -> str:
+    """The faster kernel for so many query rows and heads of a KV head.
 
-    On NVIDIA GPUs a fragment's product costs next to nothing, whatever it holds (measured on an
-    H200). Apple's GPUs before M5 multiply fragments of 8 columns on their ordinary units, which
-    pays once most of the 8 are in use (estimated; docs/performance.md has both).
+    Apple: plain multiply-adds (``fma``) as long as all columns fit one pass, since the 8x8
+    products of fragments (``mma``) run on the same units and cost the same for 1 column as for 8
+    (estimated). NVIDIA: fragments always, since their products cost next to nothing (measured on
+    an H200). docs/performance.md has both.
     """
-    most_for_fma = {"metal": 4, "cuda": 0}[dialect()]
-    return "fma" if columns <= most_for_fma else "mma"
+    return "fma" if dialect() == "metal" and columns <= _most_for_fma(dim) else "mma"
+
+
+def _most_for_fma(dim: int) -> int:
+    """Columns that plain multiply-adds serve in one pass within 128 registers (estimated)."""
+    return 4 if dim <= 128 else 2
 
 
 def _logits(options: Options) -> tuple[float, float]:

@@ -188,6 +188,15 @@ class TestMaxKvSize:
             make_prompt_cache(model, max_kv_size=max_kv_size)
 
 
+def test_sequences_that_step_together_are_each_attended_as_alone(model):
+    batch = mx.concatenate([tokens(50, seed) for seed in (1, 2, 3)])
+    parts = chunked(batch, 40, 1, 9)
+    together = logits(model, make_prompt_cache(model), parts)
+    for i in range(3):
+        alone = logits(model, make_prompt_cache(model), [part[i : i + 1] for part in parts])
+        assert mx.abs(together[i] - alone[0]).max().item() < 1e-4
+
+
 class TestBadInput:
     def test_nan_is_refused_and_nothing_is_stored(self):
         cache = TurboQuantKVCache(TurboQuantConfig(4, 4), 64, 2)
@@ -201,9 +210,11 @@ class TestBadInput:
         assert (cache.offset, cache.size()) == (20, 20)
         assert np.array_equal(rows_of(cache.table, 20), before)
 
-    def test_a_batch_is_refused(self, model):
-        with pytest.raises(ValueError, match="this cache holds one sequence"):
-            model(mx.zeros((2, 5), mx.int32), cache=make_prompt_cache(model))
+    def test_another_batch_than_the_first_is_refused(self, model):
+        cache = make_prompt_cache(model)
+        model(mx.zeros((2, 5), mx.int32), cache=cache)
+        with pytest.raises(ValueError, match="4 KV heads in all is what this cache holds"):
+            model(mx.zeros((3, 1), mx.int32), cache=cache)
 
     def test_a_head_dim_that_cannot_be_rotated_is_refused_before_anything_runs(self):
         with pytest.raises(ValueError, match="head_dim 4 cannot be rotated"):

@@ -14,7 +14,10 @@ STATE_VERSION = 1
 
 
 class TurboQuantKVCache(host._BaseCache):
-    """The keys and values of one layer of one sequence, compressed in pages.
+    """The keys and values of one layer, compressed in pages.
+
+    It holds one sequence, or a batch of sequences that take every step together: to the pages
+    these are one sequence with more KV heads.
 
     ``update_and_fetch`` stores a chunk and hands it back as it came; the attention that follows
     (see ``hook``) reads everything older from the pages.
@@ -52,18 +55,22 @@ class TurboQuantKVCache(host._BaseCache):
         self.table = BlockTable(self.pool)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store a chunk, ``(1, num_kv_heads, L, head_dim)`` each, and return it as it came.
+        """Store a chunk, ``(B, num_kv_heads, L, head_dim)`` each, and return it as it came.
 
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
                 Layers before this one have stored the chunk: trim them by its length to go on.
         """
-        if keys.ndim != 4 or keys.shape[:2] != (1, self.pool.num_kv_heads):
+        if not self.pool.num_blocks and keys.shape[1:2] == (self.pool.num_kv_heads,):
+            # The first chunk says how many sequences there are.
+            self.pool = PagePool(self.layout, keys.shape[0] * keys.shape[1])
+            self.table = BlockTable(self.pool)
+        if keys.ndim != 4 or keys.shape[0] * keys.shape[1] != self.pool.num_kv_heads:
             raise ValueError(
-                f"keys {keys.shape} do not fit: this cache holds one sequence of "
-                f"{self.pool.num_kv_heads} KV heads, (1, {self.pool.num_kv_heads}, L, head_dim)"
+                f"keys {keys.shape} do not fit: (B, num_kv_heads, L, head_dim) with "
+                f"{self.pool.num_kv_heads} KV heads in all is what this cache holds"
             )
-        rows = dispatch.encode(keys[0], values[0], self.layout)
+        rows = dispatch.encode(keys.flatten(0, 1), values.flatten(0, 1), self.layout)
         length = keys.shape[2]
         self.table.evict(self._excess(length))
         if self.max_kv_size is not None:
@@ -81,15 +88,21 @@ class TurboQuantKVCache(host._BaseCache):
         mask: attention.Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attend from a chunk that was just stored; see ``attention.attend``."""
+        """Attend from a chunk that was just stored; see ``dispatch.attend``."""
         length = keys.shape[2]
         past_length = self.table.num_tokens - length
         if self.raw_window is not None:
             mask = attention.decode_mask(mask, length, past_length, self.raw_window)
             past_length += length
+        shape, batch = queries.shape, queries.shape[0]
+        if batch > 1:
+            if isinstance(mask, mx.array) and mask.ndim == 4:
+                mask = mx.broadcast_to(mask, (*shape[:2], *mask.shape[2:])).flatten(0, 1)[None]
+            sinks = None if sinks is None else mx.tile(sinks, batch)
+            queries, keys, values = (x.flatten(0, 1)[None] for x in (queries, keys, values))
         return dispatch.attend(
             queries, keys, values, self.table, past_length, scale=scale, mask=mask, sinks=sinks
-        )
+        ).reshape(shape)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""
@@ -193,6 +206,6 @@ class TurboQuantKVCache(host._BaseCache):
         if not mx.isfinite(scales).all().item():
             raise ValueError("pages hold scales that are not finite")
         cache.pool.adopt(pages, blocks)
-        cache.table.blocks, cache.table.num_tokens = blocks, count
+        cache.table.hold(blocks, count)
         cache.offset = offset
         return cache
