@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest lint format docs clean
+.PHONY: demo test test-oldest mutants lint format docs clean
 
 demo: $(READY)
 	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
@@ -14,7 +14,10 @@ test: $(READY)
 
 test-oldest:
 	PIP_CONSTRAINT=scripts/oldest.txt sh scripts/setup.sh .venv-oldest
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python -m pytest -m "not slow and not nightly"
+
+mutants: $(READY)
+	$(BIN)/python -m pytest -m nightly
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -67,8 +67,8 @@
   const int begin = max(window > 0 ? see_from + first_row : 0, 0);
   const int end_of_all = min(paged, rows_from + first_row + 1);
   const int begin_of_all = window > 0 ? see_from + last_row : 0;
-  const int first_sub = begin / 16;
-  const int nsub = max((end + 15) / 16 - first_sub, 0);
+  const int first_sub = min(begin / 16, (end + 15) / 16);  // a window may begin behind all pages
+  const int nsub = (end + 15) / 16 - first_sub;
   const int sub0 = first_sub + split * nsub / splits;
   const int sub1 = first_sub + (split + 1) * nsub / splits;
   const uint zero = TQ_UNKNOWN_ZERO(paged);

@@ -63,8 +63,8 @@
   const int begin = max(window > 0 ? see_from + first_row : 0, 0);
   const int end_of_all = min(paged, rows_from + first_row + 1);
   const int begin_of_all = window > 0 ? see_from + last_row : 0;
-  const int sub0 = begin / 16;
-  const int nsub = max((end + 15) / 16, sub0);
+  const int nsub = (end + 15) / 16;
+  const int sub0 = min(begin / 16, nsub);  // a window may begin behind all pages
   const int ntile = (nsub - sub0 + NB - 1) / NB;
   const int tile0 = split * ntile / splits;
   const int tile1 = (split + 1) * ntile / splits;

@@ -69,7 +69,6 @@ TQ_FN uint tq_pack(float a, float b) { return as_type<uint>(__floats2half2_rn(a,
 #define TQ_ROW(lane) ((lane) >> 2)
 #define TQ_QUAD(lane) ((lane) & 3)
 #define TQ_ROW_BITS {4, 8, 16}
-#define TQ_QUAD_BITS {1, 2}
 #define TQ_B_STEP(row, quad, e) (2 * (quad) + (e))
 #define TQ_B_COLUMN(row, quad, e) (row)
 

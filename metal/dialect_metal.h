@@ -27,9 +27,8 @@ inline uint tq_pack(float a, float b) { return as_type<uint>(half2(half(a), half
 // own kernels rely on, bits 4 2 1 for the row and 3 0 for the pair.
 #define TQ_ROW(lane) ((((lane) >> 2) & 4) | (((lane) >> 1) & 3))
 #define TQ_QUAD(lane) ((((lane) >> 2) & 2) | ((lane) & 1))
-// Lane masks that step through the rows, and through the column pairs.
+// Lane masks that step through the rows.
 #define TQ_ROW_BITS {2, 4, 16}
-#define TQ_QUAD_BITS {1, 8}
 // Row (of 8 steps) and column of element e of a lane's B matrix.
 #define TQ_B_STEP(row, quad, e) (row)
 #define TQ_B_COLUMN(row, quad, e) (2 * (quad) + (e))

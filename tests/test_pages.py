@@ -181,3 +181,18 @@ class TablesAgainstLists(RuleBasedStateMachine):
 
 TestTablesAgainstLists = TablesAgainstLists.TestCase
 TestTablesAgainstLists.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+
+
+def test_the_block_table_is_made_anew_only_when_blocks_change():
+    p = pool()
+    table = BlockTable(p)
+    table.append(random_rows(p, 20))
+    first = table.block_table
+    assert first[0, :2].tolist() == table.blocks
+    table.append(random_rows(p, 1))
+    table.evict(0)
+    assert table.block_table is first
+    table.append(random_rows(p, 16))
+    assert table.block_table[0, :3].tolist() == table.blocks
+    table.trim(20)
+    assert table.block_table[0, : len(table.blocks)].tolist() == table.blocks

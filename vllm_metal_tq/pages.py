@@ -124,7 +124,8 @@ class BlockTable:
         size, start, end = self._block_size, self.num_tokens, self.num_tokens + rows.shape[1]
         missing = -(-end // size) - len(self.blocks)
         if missing:
-            self.hold(self.blocks + self.pool.allocate(missing), start)
+            self.blocks += self.pool.allocate(missing)
+            self._block_table = None
         slots = [self.blocks[i // size] * size + i % size for i in range(start, end)]
         self.pool.write(slots, rows)
         self.num_tokens = end
@@ -142,10 +143,12 @@ class BlockTable:
 
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens."""
-        left = self.num_tokens - count
-        keep = -(-left // self._block_size)
-        self.pool.release(self.blocks[keep:])
-        self.hold(self.blocks[:keep], left)
+        self.num_tokens -= count
+        keep = -(-self.num_tokens // self._block_size)
+        if keep < len(self.blocks):
+            self.pool.release(self.blocks[keep:])
+            del self.blocks[keep:]
+            self._block_table = None
 
     def evictable(self, count: int) -> int:
         """How many tokens ``evict`` drops to make room for ``count``: whole blocks only."""
@@ -159,7 +162,10 @@ class BlockTable:
         (attention sinks, arXiv:2309.17453).
         """
         dropped = self.evictable(count)
+        if not dropped:
+            return
         gone = slice(1, 1 + dropped // self._block_size)
         self.pool.release(self.blocks[gone])
-        kept = self.blocks[: gone.start] + self.blocks[gone.stop :]
-        self.hold(kept, self.num_tokens - dropped)
+        del self.blocks[gone]
+        self._block_table = None
+        self.num_tokens -= dropped

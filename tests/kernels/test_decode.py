@@ -66,6 +66,18 @@ def test_sliding_window(window, variant, execute):
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 
+@pytest.mark.parametrize("lengths", [[16], [0, 16]])
+def test_a_window_that_begins_behind_all_pages(lengths, variant, execute):
+    case = Case(lengths, heads=(2, 2), head_dim=64, tail=40, window=2, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+def test_nothing_to_attend_to_gives_zeros(variant, execute):
+    case = Case([0, 20], head_dim=64)
+    attended = case.attended(decode, variant=variant, execute=execute)
+    assert not mx.abs(attended[0]).max().item()
+
+
 def test_soft_cap(variant, execute):
     case = Case([90], softcap=5.0, loud=4.0, tail=1, **F32)
     assert case.error(decode, variant=variant, execute=execute) < BOUND

@@ -70,9 +70,9 @@ def chain_time(call: Callable[[mx.array], mx.array], x: mx.array, length: int) -
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of an element-wise operation on 256 MiB (32 on a CPU)."""
-    size = (256 if gpu_backend() else 32) << 20
-    inputs = [mx.full((size // 4,), float(i), mx.float32) for i in range(4)]
+    """Bytes a second, read and written, of an element-wise operation on 128 MiB (32 on a CPU)."""
+    size = (128 if gpu_backend() else 32) << 20
+    inputs = [mx.full((size // 4,), float(i), mx.float32) for i in range(12)]
     return 2 * size / kernel_time(mx.negative, inputs)
 
 

@@ -1,0 +1,236 @@
+"""Kernels with one fault each: what the kernel tests have to catch.
+
+A mutant is the text of one file of ``metal/`` with one change: a barrier is gone, a comparison or
+a bound is off by one, a shuffle goes to another lane. Places are found by pattern, never by line
+number, so the list follows the kernels as they change.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vllm_metal_tq.kernels import launch
+
+KERNELS = ["encode", "gather", "decode_mma", "decode_fma", "merge"]
+FILES = [*(f"{name}.metal" for name in KERNELS), "common.h", "dialect_metal.h"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file.
+
+    Attributes:
+        file: the file's name in ``metal/``.
+        number: the line that is changed.
+        before: that line as it is, without indentation.
+        line: that line as it becomes; a number follows where the file has several that are equal.
+        text: the whole file as it becomes.
+    """
+
+    file: str
+    number: int
+    before: str
+    line: str
+    text: str
+
+    def __str__(self):
+        return f"{self.file}:{self.number}: {self.before}  ->  {self.line}"
+
+
+def _more(match: re.Match) -> str:
+    return re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), match[0])
+
+
+def _twice(match: re.Match) -> str:
+    return str(int(match[0]) * 2)
+
+
+# What is changed, by a pattern, and what it becomes.
+_CHANGES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"\b(?:threadgroup|simdgroup)_barrier\([^)]*\);", "no_barrier;"),
+    # Comparisons; brackets of templates have no spaces on both sides.
+    (r"(?<= )<(?= )", "<="),
+    (r"(?<= )<=(?= )", "<"),
+    (r"(?<= )>(?= )", ">="),
+    (r"(?<= )>=(?= )", ">"),
+    # Which lane, SIMD-group or column does something for all of them.
+    (r"(?<= == )0\b(?!\.)", "1"),
+    # The last one, the one behind the last one, a division that rounds up, a clamp at zero.
+    (r"(?<=[\w)\]] )- 1(?![\w.])", "- 0"),
+    (r"(?<=[\w)\]] )\+ 1(?![\w.])", "+ 0"),
+    (r"(?<= \+ )15(?=\) / 16)", "16"),
+    (r"(?<=, )0(?=\))", "-1"),
+    # The lanes that exchange values, lists of lane masks, what the bits of a lane mean.
+    (r"(?<=, )ushort\(", "ushort(1 ^ "),
+    (r"\d+(?=[\d, ]*\}(?:;|$))", _twice),
+    (r"(?:\blane|\(lane\)|\beighth) (?:&|>>) \d+", _more),
+]
+
+
+def mutants(file: str) -> list[Mutant]:
+    """All mutants of a file of ``metal/``, in the order of its lines."""
+    source = (launch.SOURCES / file).read_text()
+    code = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), source)
+    places = [
+        (match, match.expand(new) if isinstance(new, str) else new(match))
+        for pattern, new in _CHANGES
+        for match in re.finditer(pattern, code, re.MULTILINE)
+    ]
+    places.sort(key=lambda place: place[0].start())
+    seen: Counter[str] = Counter()
+    return [_mutant(file, source, match, new, seen) for match, new in places]
+
+
+def _mutant(file: str, source: str, match: re.Match, new: str, seen: Counter) -> Mutant:
+    start, end = match.span()
+    text = source[:start] + new + source[end:]
+    number = source.count("\n", 0, start) + 1
+    before, line = (
+        re.sub(r"\s*//.*", "", x.splitlines()[number - 1]).strip() for x in (source, text)
+    )
+    seen[line] += 1
+    name = line if seen[line] == 1 else f"{line} #{seen[line]}"
+    return Mutant(file, number, before, name, text.replace("no_barrier;", ";"))
+
+
+# ---- Mutants that change nothing
+
+_EQUIVALENT = """
+= how many lanes share the work is free: lanes without any have queries of zero or are not stored
+decode_fma.metal: constexpr int KE = D < 64 ? 8 : 16;
+decode_fma.metal: constexpr int VQ = VROWS * VSPLIT < 8 ? 4 : VROWS * VSPLIT <= 16 ? 2 : 1;
+decode_fma.metal: constexpr int VQ = VROWS * VSPLIT <= 8 ? 4 : VROWS * VSPLIT < 16 ? 2 : 1;
+= a chunk more, whose queries are zero
+decode_fma.metal: constexpr int NKC = (D + 8 * KE - 0) / (8 * KE);
+decode_mma.metal: constexpr int NKC = (D + 4 * KD - 0) / (4 * KD);
+= a minimum of two that are equal
+decode_fma.metal: constexpr int VLS = VD * VL / 2 <= 16 ? VD * VL / 2 : 16;
+decode_mma.metal: constexpr int VLS = VLB <= 16 ? VLB : 16;
+= there is no high plane, so what is loaded of it is not used
+decode_fma.metal: constexpr int VHB = VH >= 0 ? VD * VH / 2 : 4;
+decode_fma.metal: if (KH >= 0) {
+decode_fma.metal: vh[i][p] = VH >= 0 ? tq_load1(base + high_at + i * VQ * VHB + p * (VHB / VHP)) : 0;
+decode_mma.metal: if (KH >= 0) tq_load<KHB>(kh[b][c][t], base + 2 * D * KL + unit * 256 * KH + at * KH / 8);
+decode_mma.metal: if (VH >= 0) tq_load<VHB>(vh[b][u], base + 2 * D * (KB + VL) + u * 256 * VH + mine * VHB);
+= a shift by 0, the rest of a division by 1
+decode_fma.metal: if (KLB <= 4 && KSPLIT >= 1) kl[i][c][0] >>= part * (KE / 2 * KL);
+decode_fma.metal: if (KHB <= 4 && KSPLIT >= 1) kh[i][c][0] >>= part * (KE / 2 * KH);
+decode_fma.metal: if (VH == 1 && VSPLIT >= 1) vh[i][p] >>= value_half * VE;
+= sub-blocks are tested token by token that need not be; rows are 8 at most, less than a sub-block
+decode_fma.metal: const int last_row = (first_column + columns - 0) / G;
+decode_mma.metal: const int last_row = (first_column + columns - 0) / G;
+decode_fma.metal: const int begin = max(window >= 0 ? see_from + first_row : 0, 0);
+decode_mma.metal: const int begin = max(window >= 0 ? see_from + first_row : 0, 0);
+decode_fma.metal: const int end_of_all = min(paged, rows_from + first_row + 0);
+decode_mma.metal: const int end_of_all = min(paged, rows_from + first_row + 0);
+decode_fma.metal: const int begin_of_all = window >= 0 ? see_from + last_row : 0;
+decode_mma.metal: const int begin_of_all = window >= 0 ? see_from + last_row : 0;
+decode_fma.metal: if (sub * 16 <= begin_of_all || sub * 16 + 16 > end_of_all) {
+decode_fma.metal: if (sub * 16 < begin_of_all || sub * 16 + 16 >= end_of_all) {
+decode_mma.metal: if (token <= begin_of_all || token + NB * 16 > end_of_all) {
+decode_mma.metal: if (token < begin_of_all || token + NB * 16 >= end_of_all) {
+= see_from is used where there is a window only
+decode_fma.metal: const int see_from = window >= 0 ? rows_from + 1 - window : 0;
+decode_mma.metal: const int see_from = window >= 0 ? rows_from + 1 - window : 0;
+= -1 / 16 is 0
+decode_fma.metal: const int begin = max(window > 0 ? see_from + first_row : 0, -1);
+decode_mma.metal: const int begin = max(window > 0 ? see_from + first_row : 0, -1);
+= no sub-block: the loop is not entered, whether sub1 is sub0 or less
+= a column more in memory that holds several times N of them, and nobody reads it
+decode_fma.metal: for (int n = sg; n <= N; n += NSG) {
+decode_mma.metal: for (int n = sg; n <= N; n += NSG) {
+= columns that are not stored take the query, or the bounds, of another row
+decode_fma.metal: const int column = first_column + min(n, columns - 0);
+decode_mma.metal: const int column = first_column + min(n, columns - 0);
+decode_fma.metal: const int query_row = (first_column + min(2 * h + odd, columns - 0)) / G;
+decode_mma.metal: const int row0 = (first_column + min(n0, columns - 0)) / G;
+decode_mma.metal: const int row1 = (first_column + min(n1, columns - 0)) / G;
+= the condition around it, or in front of it, is the stricter one
+decode_fma.metal: q[n][c][e] = TQ_QUERY(d < D ? shared[n * D + (d <= D ? d : 0)] : 0.0f);
+decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 0 < N ? 2 * h + 1 : 0][e] *= odd ? r : other;
+decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 1 <= N ? 2 * h + 1 : 0][e] *= odd ? r : other;
+= lanes without dimensions read what follows in the page, its scales at most, and do not use it
+decode_fma.metal: const int row = value_row <= VROWS ? value_row : 0;
+decode_mma.metal: const int mine = (row <= rows ? row : 0) * 4 + quad;
+decode_fma.metal: const int at = (group + 4 * i) * dims + (from <= dims ? from : 0);
+decode_mma.metal: const int mine = from <= dims ? from : 0;
+= not seen, though out of bounds: clang moves the load into the loop, which is then not entered
+decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0 + sg, max(sub1 - 0, 0)) / NSB];
+decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0 + sg, max(sub1 - 1, -1)) / NSB];
+= not seen, though out of bounds: clang checks no index of a vector of which it writes one element
+decode_mma.metal: for (int p = 0; p <= NPAIR; ++p) {
+= another sub-block of the same page, whose tokens are all masked
+decode_mma.metal: const int sub = min(sub0 + tile * NB + b, nsub - 0);
+= tq_prefetch does nothing in Metal
+decode_mma.metal: const int sub = min(sub0 + (tile + NSG) * NB + b, nsub - 0);
+decode_mma.metal: if (lane == 1) {
+= all lanes, or SIMD-groups, that could store it have the same value
+decode_fma.metal: const float other = simd_shuffle_xor(r, ushort(1 ^ 4));
+decode_fma.metal: if (token_of_lane == 1 && n < N) {
+decode_fma.metal: if (d == 1) {
+decode_mma.metal: if (row == 1) {
+decode_mma.metal: if (d == 1) {
+merge.metal: if (lane == 1) {
+merge.metal: if (lane == 1) { #2
+merge.metal: if (sg == 1) {
+encode.metal: if (live && p == 1) *(device uint*)(row + SCALES_AT) = scales;
+= a tile more, of dimensions that are not stored
+decode_mma.metal: for (int j = 0; j <= NT; ++j) { #3
+= either is right when both sides are equal
+decode_fma.metal: for (int h = 0; h < NH; ++h) exceeds = exceeds || s[h] >= m[h] + 6.0f;
+decode_mma.metal: if (simd_any(top0 >= m0 + 6.0f || top1 > m1 + 6.0f)) {
+decode_mma.metal: if (simd_any(top0 > m0 + 6.0f || top1 >= m1 + 6.0f)) {
+decode_fma.metal: if (SPARSE && !simd_any(heaviest > numbers[2])) continue;
+decode_mma.metal: if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) > numbers[2])) continue;
+encode.metal: const float unit = peak >= 1e-30f ? tq_inverse(peak) * (1.0f / K_SPAN) : 0.0f;
+encode.metal: const float unit = square >= 1e-30f ? tq_inverse_root(square * (1.0f / D)) : 0.0f;
+encode.metal: if (step == 0 || cosine >= best) best = cosine, factor = x, length = zz;
+encode.metal: middle[i] = size * inverse >= boundary ? outside : inside;
+= a step more, taken where it is better: a coefficient of the next table, which never is
+encode.metal: for (int step = 0; step <= STEPS; ++step) {
+encode.metal: for (int step = 0; step <= STEPS; ++step) { #2
+= the way of wider values is right for 4 bits, too
+encode.metal: if (V_BITS < 4) {
+encode.metal: if (V_BITS < 4) { #2
+= a minimum of two that are equal
+common.h: for (int k = 1; k < (P <= 32 ? P : 32); k *= 2) {
+= a byte more, whose bits lie above those that are used
+common.h: for (int i = 0; i <= HIGH; ++i) b |= uint(page[high[d / 8 * HIGH + i]]) << (8 * i);
+= a field may lie in either place, as long as tq_pair and tq_key_offset agree
+common.h: return field % (HIGH == 0 && LOW < 2 ? 10 / LOW : 8 / LOW) * LOW;
+= the mask has no bits
+common.h: if (HIGH >= 0) {
+= a shift by 0, to the left or to the right
+common.h: pair |= (up > 0 ? high << (up >= 0 ? up : 0) : high >> (up >= 0 ? 0 : -up)) & (high_mask + zero);
+common.h: pair |= (up >= 0 ? high << (up > 0 ? up : 0) : high >> (up >= 0 ? 0 : -up)) & (high_mask + zero);
+common.h: pair |= (up >= 0 ? high << (up >= 0 ? up : 0) : high >> (up > 0 ? 0 : -up)) & (high_mask + zero);
+= the branch is that of s above 0
+common.h: const uint middle = ((1u << BITS) - 1u) << (s >= 0 ? s - 1 : 0);
+= c/b is 0 up to 4 bits
+common.h: if (BITS >= 4) {
+common.h: if (BITS >= 4) { #2
+= one word either way; a plane of 0 bits is never stored
+common.h: constexpr int WORDS = BITS == 1 ? 1 : (SIZE + 31) / 32;
+= SIZE is no multiple of 8 here, so the two are never equal
+common.h: const uint mine = 8 * i <= SIZE ? words[0] >> (8 * i % 32) : 0;
+common.h: const uint its = 8 * i > SIZE ? next >> ((8 * i - SIZE) & 31) : next << ((SIZE - 8 * i) & 31);
+common.h: if (live && p % 2 == 0) plane[p * SIZE / 8 + i] = uchar(8 * i + 8 < SIZE ? mine : mine | its);
+= not used by any kernel
+= the same bytes one by one
+common.h: } else if (SIZE % 32 == 1) {
+"""  # noqa: E501
+
+
+def _equivalent() -> Iterator[tuple[str, str, str]]:
+    reason = ""
+    for row in _EQUIVALENT.strip().splitlines():
+        if row.startswith("= "):
+            reason = row[2:]
+        else:
+            file, line = row.split(": ", 1)
+            yield file, line, reason
+
+
+EQUIVALENT = list(_equivalent())
+"""File, line as it becomes (``Mutant.line``), and why no result can tell it from the original."""

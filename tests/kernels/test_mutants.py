@@ -1,0 +1,419 @@
+"""Every mutant of the kernels is caught, so the checks behind the kernels' tests do their work.
+
+A mutant is caught when clang refuses its text, when the simulator reports a fault, or when a
+result is not the oracle's. ``make mutants`` tries all of them, a default run a few.
+"""
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from queue import SimpleQueue
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from kernels.mutants import EQUIVALENT, FILES, KERNELS, Mutant, mutants
+from kernels.reference import Case
+from rows import decoded
+
+from vllm_metal_tq import codec, msl
+from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.kernels import launch as launches
+from vllm_metal_tq.kernels.decode import decode
+from vllm_metal_tq.kernels.encode import encode
+from vllm_metal_tq.kernels.gather import gather
+from vllm_metal_tq.layout import PageLayout
+from vllm_metal_tq.msl import simulate as simulation
+from vllm_metal_tq.rotation import rotate
+
+needs_simulator = pytest.mark.skipif(not msl.can_simulate(), reason=msl.compiler.INSTALL_HINT)
+
+_check = simulation._check
+BOUND = 5e-4  # as in test_decode.py
+SECONDS = 120  # for one mutant, which may not end
+AT_A_TIME = 40  # mutants of one process, which keeps every kernel that it has built
+
+
+# ---- Cases: each runs a kernel once or a few times and says whether its results are right
+
+
+def attends(variant, lengths, *, max_tokens=None, bound=BOUND, **case):
+    """``max_tokens`` above the longest context: more splits."""
+    made = _case(tuple(lengths), tuple(case.items()))
+    tokens = {"max_tokens": max_tokens} if max_tokens else {}
+
+    def decoding(*arguments, **options):
+        return decode(*arguments, **options | tokens)
+
+    return made.error(decoding, variant=variant, execute=run) < bound
+
+
+def attends_to_nothing():
+    """A sequence without tokens gets zeros."""
+    made = _case((0, 20), ())
+    got = np.array(made.attended(decode, variant="mma", execute=run))
+    return not got[0].any() and np.isfinite(got).all()
+
+
+@cache
+def _case(lengths, options) -> Case:
+    return Case(list(lengths), **{"dtype": mx.float32} | dict(options))
+
+
+def encodes(bits, head_dim, *, tokens=61, heads=2, power=1, same=0.97, dtype=mx.float32):
+    """A wrong code here and there is no fault, see test_encode.py; a worse one is."""
+    page, keys, values, oracle = _to_encode(bits, head_dim, tokens, heads, power, dtype)
+    rows = encode(keys, values, page, run)
+    if (rows == oracle).all(axis=-1).astype(mx.float32).mean().item() < same:
+        return False
+    found, best = (_square_errors(x, page, keys, values) for x in (rows, oracle))
+    return all(x <= 1.001 * y + 1e-9 for x, y in zip(found, best, strict=True))
+
+
+@cache
+def _to_encode(bits, head_dim, tokens, heads, power, dtype):
+    page = PageLayout(TurboQuantConfig(*bits), head_dim)
+    x = mx.random.normal((2, heads, tokens, head_dim), key=mx.random.key(bits[0])) ** power
+    keys, values = x.astype(dtype)
+    return page, keys, values, codec.encode(keys, values, page)
+
+
+def _square_errors(rows, page, keys, values):
+    pairs = zip(decoded(rows, page), (keys, values), strict=True)
+    return [(x - rotate(y)).square().sum().item() for x, y in pairs]
+
+
+def encodes_what_it_cannot():
+    """Zeros decode to zeros; a NaN reaches the scale of its own vector only."""
+    page = PageLayout(TurboQuantConfig(4, 4), 64)
+    x = mx.random.normal((1, 9, 64), key=mx.random.key(0))
+    x[0, 3], x[0, 5, 7] = 0, mx.nan
+    rows = encode(x, x, page, run)
+    good = mx.isfinite(rows[..., page.code_bytes :].view(mx.float16)).all(axis=-1)[0]
+    zeros = [mx.all(y[0, 3] == 0).item() for y in decoded(rows, page)]
+    return all(zeros) and good.tolist() == [i != 5 for i in range(9)]
+
+
+def encodes_zeros():
+    """Elements that are zero after the rotation get the codec's codes."""
+    page = PageLayout(TurboQuantConfig(4, 4), 64)
+    x = mx.eye(64)[None, :32] + mx.eye(64)[None, 32:]
+    rows, oracle = encode(x, x, page, run), codec.encode(x, x, page)
+    return mx.array_equal(rows[..., : page.code_bytes], oracle[..., : page.code_bytes]).item()
+
+
+def gathers(bits, head_dim, tokens, block_size=16, dtype=mx.float32):
+    page, pages, table = _to_gather(bits, head_dim, tokens, block_size)
+    found = gather(pages, mx.array(table, mx.int32), tokens, page, dtype, run)
+    oracle = codec.decode(pages[mx.array(table)], page)
+    wanted = [x.swapaxes(0, 1).reshape(2, -1, page.dim)[:, :tokens] for x in oracle]
+    return all(mx.array_equal(x, y.astype(dtype)) for x, y in zip(found, wanted, strict=True))
+
+
+@cache
+def _to_gather(bits, head_dim, tokens, block_size):
+    page = PageLayout(TurboQuantConfig(*bits, block_size), head_dim)
+    table = list(range(-(-tokens // block_size), 0, -1))
+    rng = np.random.default_rng(0)
+    pages = rng.integers(0, 256, (len(table) + 1, 2, page.page_bytes), np.uint8)
+    scales = rng.uniform(0.1, 2, (len(table) + 1, 2, block_size, 2)).astype(np.float16)
+    pages[..., page.byte_offsets[:, page.code_bytes :]] = scales.view(np.uint8)
+    return page, mx.array(pages), table
+
+
+# Neighbours share a kernel where they can: building it takes most of the time.
+GROWS = {"loud": 8.0, "bound": 2 * BOUND}  # as in test_decode_fma.py
+SHORT = [
+    (attends, [1, 15, 17, 33], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
+    (attends, [33, 90], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32, window=9)),
+    (attends, [333], dict(GROWS, bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
+    (attends, [40, 333], dict(heads=(12, 2), rows=2, head_dim=80, max_tokens=1100)),
+    (attends, [9, 16], dict(heads=(12, 2), rows=2, head_dim=80)),
+    (attends, [0, 33], dict(heads=(12, 2), rows=2, head_dim=80, tail=2)),
+    (attends, [16, 48], dict(heads=(12, 2), rows=2, head_dim=80, window=16, max_tokens=300)),
+    (attends, [33, 47], dict(heads=(12, 2), rows=2, head_dim=80, window=2, tail=1)),
+    (attends, [16], dict(heads=(2, 2), head_dim=64, tail=40, window=2)),
+    (attends, [32], dict(bits=(2, 8), head_dim=32, heads=(1, 1), max_tokens=600)),
+    (attends, [333, 20, 256], dict(bits=(6, 5), head_dim=256, heads=(4, 2), rows=3, loud=4.0)),
+]
+LONG = [
+    (attends, [40, 65], dict(bits=(8, 4), head_dim=160, heads=(8, 1), block_size=32)),
+    (attends, [8, 60], dict(heads=(5, 1), rows=8, head_dim=128, window=20)),
+    (attends, [1 + 13 * i for i in range(9)], dict(heads=(4, 2))),
+    (attends, [1 + 13 * i for i in range(7)], dict(heads=(4, 2), softcap=5.0, loud=4.0)),
+    (attends, [50], dict(bits=(5, 6), head_dim=64, heads=(1, 1))),
+    (attends, [50], dict(bits=(4, 2), head_dim=96, heads=(3, 1), sparse_v=1e-9, loud=4.0)),
+    (attends, [50], dict(bits=(3, 3), head_dim=32, heads=(7, 1), block_size=32)),
+    (attends, [50], dict(bits=(2, 3), head_dim=224, heads=(4, 1))),
+    (attends, [50], dict(bits=(3, 2), head_dim=192, heads=(1, 1), dtype=mx.float16)),
+    (attends, [50], dict(bits=(6, 3), head_dim=128, heads=(6, 2))),
+    (attends, [50], dict(bits=(8, 8), head_dim=64, heads=(3, 1))),
+    (attends, [50], dict(bits=(5, 5), head_dim=256, heads=(8, 1))),
+]
+MERGES = [
+    (attends, [0, 47], dict(rows=3, tail=5, max_tokens=5000)),
+    (attends, [0, 47], dict(rows=3, tail=5, window=7)),
+    (attends, [30, 47], dict(rows=2, tail=9, window=1, sinks=True, max_tokens=5000)),
+    (attends, [30, 47], dict(rows=2, tail=20, sinks=True, loud=4.0)),
+    (attends, [20], dict(head_dim=80, heads=(6, 2), max_tokens=3000)),
+    (attends, [20], dict(head_dim=80, heads=(6, 2), tail=3, softcap=5.0, dtype=mx.float16)),
+    (attends, [20], dict(head_dim=256, heads=(6, 2), tail=3, sinks=True)),
+    (attends, [20], dict(head_dim=32, heads=(3, 1), sinks=True)),
+]
+ENCODES = [
+    (encodes, (3, 3), dict(head_dim=96)),
+    (encodes, (4, 4), dict(head_dim=64)),
+    (encodes, (4, 4), dict(head_dim=64, tokens=1, heads=1, same=1)),
+    (encodes_what_it_cannot,),
+    (encodes_zeros,),
+    (encodes, (5, 6), dict(head_dim=80, same=0.93)),
+    (encodes, (8, 8), dict(head_dim=128, same=0.8, dtype=mx.bfloat16)),
+    (encodes, (6, 2), dict(head_dim=256)),
+    (encodes, (2, 5), dict(head_dim=320)),
+    (encodes, (3, 3), dict(head_dim=32, power=3)),
+    (encodes, (5, 3), dict(head_dim=160, dtype=mx.float16)),
+    (encodes, (3, 5), dict(head_dim=224)),
+    (encodes, (3, 5), dict(head_dim=8, tokens=7)),
+    (encodes, (4, 4), dict(head_dim=512, tokens=20)),
+]
+GATHERS = [
+    (gathers, (3, 5), dict(head_dim=96, tokens=33)),
+    (gathers, (8, 4), dict(head_dim=64, tokens=1)),
+    (gathers, (6, 2), dict(head_dim=80, tokens=150, block_size=32, dtype=mx.float16)),
+    (gathers, (2, 8), dict(head_dim=256, tokens=17, dtype=mx.bfloat16)),
+]
+
+
+def cases(file: str) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Names and cases for a file's mutants, those that catch most of them first."""
+    of = {"encode": [*ENCODES], "gather": [*GATHERS]}
+    of |= {f"decode_{x}": [_with(x, *case) for case in SHORT + LONG] for x in ("mma", "fma")}
+    of["merge"] = [*(_with("mma", *case) for case in MERGES), (attends_to_nothing,)]
+    kernels = [Path(file).stem] if Path(file).stem in KERNELS else KERNELS
+    for number in range(max(map(len, of.values()))):
+        for kernel in kernels:
+            if number < len(of[kernel]):
+                function, *positional = of[kernel][number]
+                named = positional.pop() if positional else {}
+                yield f"{kernel} {positional} {named}", partial(function, *positional, **named)
+
+
+def _with(variant, function, *arguments):
+    return function, variant, *arguments
+
+
+# ---- Running one mutant
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What found a fault - clang, simulator or oracle, or nothing - in which case, and how."""
+
+    found_by: str
+    case: str = ""
+    message: str = ""
+
+
+class RefusedError(Exception):
+    """Clang or the simulator reports a fault."""
+
+    def __init__(self, by: str, message: str):
+        super().__init__(by, message)
+        self.by, self.message = by, message
+
+
+_checked: set[str] = set()  # kernels that clang has checked since the last change
+
+
+def run(launch: launches.Launch) -> list[mx.array]:
+    """``simulate``, telling clang's faults from the simulator's, with one check of a kernel."""
+    try:
+        text = simulation.metal_text(launch)
+        if launch.kernel not in _checked:
+            _checked.add(launch.kernel)
+            _check(text)
+    except msl.MetalError as fault:
+        raise RefusedError("clang", str(fault)) from None
+    try:
+        return simulation.simulate(launch)
+    except msl.MetalError as fault:
+        raise RefusedError("simulator", str(fault)) from None
+
+
+def judge(file: str, text: str) -> Outcome:
+    """Run the cases of a file with this text in its place, until one finds a fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(shutil.copytree(launches.SOURCES, folder, dirs_exist_ok=True))
+        (sources / file).write_text(text)
+        with mock.patch.object(launches, "SOURCES", sources):
+            forget()
+            outcome = _first_fault(file)
+        forget()
+    return outcome
+
+
+def forget() -> None:
+    """Drop every text of a kernel that is kept."""
+    for kept in (launches._source, launches.header, launches._compiled):
+        kept.cache_clear()
+    simulation._texts.clear()
+    _checked.clear()
+
+
+def _first_fault(file: str) -> Outcome:
+    for name, case in cases(file):
+        try:
+            # Clang's check, which takes as long as the rest, is left to `run`.
+            with mock.patch.object(simulation, "_check"):
+                right = case()
+            if not right:
+                return Outcome("oracle", name)
+        except RefusedError as fault:
+            return Outcome(fault.by, name, fault.message)
+    return Outcome("nothing")
+
+
+# ---- Running many
+
+
+class Worker:
+    """A process that judges one mutant after the other; a mutant may crash it or never end."""
+
+    def __init__(self):
+        self.left = 0
+        self.process = None
+
+    def judge(self, file: str, text: str) -> Outcome:
+        if self.left == 0:
+            self.start()
+        self.left -= 1
+        try:
+            self.pipe.send((file, text))
+            if self.pipe.poll(SECONDS):
+                return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            pass
+        self.left = 0
+        return Outcome("simulator", message="its process crashed or did not end")
+
+    def start(self) -> None:
+        self.stop()
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.left = AT_A_TIME
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+
+
+def serve(pipe) -> None:
+    """What a worker's process does."""
+    while True:
+        pipe.send(judge(*pipe.recv()))
+
+
+class Workers:
+    """As many as there are processors."""
+
+    def __init__(self):
+        count = os.cpu_count()
+        self.free: SimpleQueue[Worker] = SimpleQueue()
+        self.all = [Worker() for _ in range(count)]
+        for worker in self.all:
+            self.free.put(worker)
+        self.pool = ThreadPoolExecutor(count)
+
+    def submit(self, file: str, text: str) -> Future:
+        return self.pool.submit(self._judge, file, text)
+
+    def _judge(self, file: str, text: str) -> Outcome:
+        worker = self.free.get()
+        try:
+            return worker.judge(file, text)
+        finally:
+            self.free.put(worker)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        for worker in self.all:
+            worker.stop()
+
+
+# ---- The tests
+
+ALL = {file: mutants(file) for file in FILES}
+REASONS = {(file, line): reason for file, line, reason in EQUIVALENT}
+# A barrier, a bound of tokens, a bound of lanes, a shuffle, a clamp, an oracle's own.
+SAMPLE = {
+    "decode_fma.metal": ["no_barrier; #2", "const int end = min(paged, rows_from + last_row + 0);"],
+    "gather.metal": ["if (token > num_tokens[0]) return;"],
+    "encode.metal": [
+        "no_barrier; #2",
+        "const bool live = wanted <= count[0];",
+    ],
+}
+
+
+def complaint(mutant: Mutant, outcome: Outcome) -> str:
+    """What is wrong about a mutant's outcome, or nothing."""
+    reason = REASONS.get((mutant.file, mutant.line))
+    if reason is None and outcome.found_by == "nothing":
+        return f"not caught: {mutant}"
+    if reason is not None and outcome.found_by != "nothing":
+        return f"listed as equivalent ({reason}), but {outcome} catches {mutant}"
+    return ""
+
+
+@needs_simulator
+@pytest.mark.parametrize("file", SAMPLE)
+def test_a_few_mutants_are_caught(file):
+    sample = [mutant for mutant in ALL[file] if mutant.line in SAMPLE[file]]
+    assert len(sample) == len(SAMPLE[file])
+    assert not [c for mutant in sample if (c := complaint(mutant, judge(file, mutant.text)))]
+
+
+def test_what_is_listed_as_equivalent_is_there():
+    lines = {(mutant.file, mutant.line) for file in FILES for mutant in ALL[file]}
+    assert sorted(set(REASONS) - lines) == []
+    assert len(REASONS) == len(EQUIVALENT)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request):
+    """For every file and text that a chosen test needs, an outcome that is under way."""
+    calls = [
+        item.callspec.params for item in request.session.items if "outcomes" in item.fixturenames
+    ]
+    workers = Workers()
+    yield {key: workers.submit(*key) for key in dict.fromkeys(_key(**call) for call in calls)}
+    workers.close()
+
+
+def _key(file=None, mutant=None) -> tuple[str, str]:
+    return (mutant.file, mutant.text) if mutant else (file, (launches.SOURCES / file).read_text())
+
+
+@pytest.mark.nightly
+@needs_simulator
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_as_they_are_pass_the_cases(file, outcomes):
+    assert outcomes[_key(file)].result() == Outcome("nothing")
+
+
+@pytest.mark.nightly
+@needs_simulator
+@pytest.mark.parametrize("mutant", [m for file in FILES for m in ALL[file]], ids=str)
+def test_every_mutant_is_caught(mutant, outcomes):
+    assert not complaint(mutant, outcomes[_key(mutant=mutant)].result())
