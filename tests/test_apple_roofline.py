@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vllm_metal_tq import msl
-from vllm_metal_tq.msl.compiler import INSTALL_HINT
+from vllm_metal_tq.msl.compiler import why_not_simulate
 
-needs_clang = pytest.mark.skipif(msl.find_clang() is None, reason=INSTALL_HINT)
+needs_clang = pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from vllm_metal_tq import TurboQuantConfig, dispatch, make_prompt_cache, msl
 from vllm_metal_tq.kernels.launch import on_gpu
 from vllm_metal_tq.kernels.selfcheck import Check
 from vllm_metal_tq.layout import PageLayout
+from vllm_metal_tq.msl.compiler import why_not_simulate
 from vllm_metal_tq.msl.simulate import simulate
 
 LAYOUT = PageLayout(TurboQuantConfig(8, 6), 64)
@@ -46,9 +47,7 @@ def test_a_head_dim_beyond_the_kernels_is_left_to_the_reference(gpu):
     assert dispatch.executor(PageLayout(TurboQuantConfig(4, 4), 512)) is None
 
 
-@pytest.mark.skipif(
-    not msl.can_simulate(), reason="the simulator needs clang (pip install ziglang)"
-)
+@pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))
 def test_a_model_says_the_same_through_kernels_and_through_the_reference(monkeypatch):
     model = llama(num_hidden_layers=1)
     sequence, ends = tokens(64), [0, 40, 41, 42, 45, 57, 58]

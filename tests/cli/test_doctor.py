@@ -29,12 +29,13 @@ def broken(no_gpu, monkeypatch):
     def simulate(launch):
         raise RuntimeError(f"{launch.kernel} is broken")
 
-    monkeypatch.setattr(msl, "can_simulate", lambda: True)
+    monkeypatch.setattr(msl.compiler, "why_not_simulate", lambda: None)
     monkeypatch.setattr(simulator, "simulate", simulate)
 
 
 @pytest.mark.skipif(
-    clock.gpu_backend() is None and not msl.can_simulate(), reason=msl.compiler.INSTALL_HINT
+    clock.gpu_backend() is None and not msl.can_simulate(),
+    reason=str(msl.compiler.why_not_simulate()),
 )
 def test_the_kernels_agree_with_their_oracles_here(capsys):
     status, out, err = doctor(capsys, "--json")
@@ -70,7 +71,7 @@ def test_the_table_shows_what_broke(capsys, broken):
 
 
 def test_without_gpu_and_simulator_nothing_is_claimed(capsys, no_gpu, monkeypatch):
-    monkeypatch.setattr(msl, "can_simulate", lambda: False)
+    monkeypatch.setattr(msl.compiler, "why_not_simulate", lambda: "no clang")
     status, out, _ = doctor(capsys)
     assert status == 0
     assert out.splitlines()[-1].startswith("not checked: ")

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from vllm_metal_tq import msl
 from vllm_metal_tq.kernels.launch import on_gpu
+from vllm_metal_tq.msl.compiler import why_not_simulate
 from vllm_metal_tq.msl.simulate import simulate
 
 _HAS = {"metal": mx.metal.is_available(), "cuda": mx.cuda.is_available()}
@@ -17,13 +17,9 @@ def _gpu(name):
     return pytest.param(on_gpu, id=name, marks=marks)
 
 
+_why_not = "a GPU runs the kernels here" if any(_HAS.values()) else why_not_simulate()
 _simulator = pytest.param(
-    simulate,
-    id="simulator",
-    marks=pytest.mark.skipif(
-        not msl.can_simulate() or any(_HAS.values()),
-        reason="the simulator needs clang 19 or newer on Linux (pip install ziglang) and no GPU",
-    ),
+    simulate, id="simulator", marks=pytest.mark.skipif(_why_not is not None, reason=str(_why_not))
 )
 
 

@@ -33,7 +33,9 @@ from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.msl import simulate as simulation
 from vllm_metal_tq.rotation import rotate
 
-needs_simulator = pytest.mark.skipif(not msl.can_simulate(), reason=msl.compiler.INSTALL_HINT)
+needs_simulator = pytest.mark.skipif(
+    not msl.can_simulate(), reason=str(msl.compiler.why_not_simulate())
+)
 
 _check = simulation._check
 BOUND = 5e-4  # as in test_decode.py

@@ -18,7 +18,9 @@ ALL = [
     ("merge", "tail, sinks"),
 ]
 
-needs_simulator = pytest.mark.skipif(not msl.can_simulate(), reason=msl.compiler.INSTALL_HINT)
+needs_simulator = pytest.mark.skipif(
+    not msl.can_simulate(), reason=str(msl.compiler.why_not_simulate())
+)
 
 
 def failed(execute):

@@ -3,13 +3,10 @@
 import pytest
 
 from vllm_metal_tq import msl
-from vllm_metal_tq.msl.compiler import INSTALL_HINT
+from vllm_metal_tq.msl.compiler import INSTALL_HINT, why_not_simulate
 
 needs_clang = pytest.mark.skipif(msl.find_clang() is None, reason=INSTALL_HINT)
-needs_simulator = pytest.mark.skipif(
-    not msl.can_simulate(),
-    reason=INSTALL_HINT if msl.find_clang() is None else "the simulator needs Linux on x86-64",
-)
+needs_simulator = pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))
 
 _KERNEL = """#include <metal_stdlib>
 using namespace metal;

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
-from planted import CLEAN, kernel, needs_clang
+from planted import CLEAN, kernel, needs_clang, needs_simulator
 
 from vllm_metal_tq import msl
 from vllm_metal_tq.msl import compiler
@@ -285,6 +285,7 @@ def test_comments_are_not_code():
     assert msl.check(kernel("y[t] = 0; // float* p; a vertex; goto double\n/* std::max */")) == []
 
 
+@needs_simulator
 @pytest.mark.parametrize(("size", "fine"), [(7, False), (8, True)])
 def test_small_inputs_are_constant(size, fine):
     call = mx.fast.metal_kernel(

@@ -4,6 +4,7 @@ import sys
 
 import mlx.core as mx
 import pytest
+from planted import needs_simulator
 
 from vllm_metal_tq import msl
 from vllm_metal_tq.msl.text import Parameter, as_cpp, kernel_bodies, signature, without_comments
@@ -23,6 +24,7 @@ def call_of(source, dtype=mx.float32, **options):
 COPY = "y[thread_position_in_grid.x] = T(x[0]);"
 
 
+@needs_simulator
 def test_generated_text_is_what_mlx_generates():
     text = msl.generated_text(call_of(COPY, header="// a header\n"), mx.zeros(8))
     assert "// a header" in text
@@ -36,12 +38,14 @@ def test_generated_text_is_what_mlx_generates():
     )
 
 
+@needs_simulator
 @pytest.mark.parametrize(("size", "space"), [(7, "constant"), (8, "device")])
 def test_small_inputs_are_constant(size, space):
     text = msl.generated_text(call_of(COPY), mx.zeros(size))
     assert signature(text).parameters[0].type.split()[1] == space
 
 
+@needs_simulator
 def test_generated_text_leaves_standard_output_alone(capfd):
     os.write(1, b"before\n")
     msl.generated_text(call_of(COPY), mx.zeros(8))
@@ -54,6 +58,7 @@ def test_no_kernel_is_an_error():
         msl.generated_text(lambda x: x + 1, mx.zeros(8))
 
 
+@needs_simulator
 def test_two_kernels_are_an_error():
     twice = [call_of(COPY), call_of(COPY + ";")]
     with pytest.raises(msl.MetalError, match="found 2"):

@@ -73,12 +73,11 @@ def _availability() -> dict[str, str | None]:
     from ..msl import compiler
 
     gpu = clock.gpu_backend()
-    why_not = "needs Linux on x86-64, and clang 19 or newer"
     return {
         "text": None if msl.find_clang() else compiler.INSTALL_HINT,
         "metal": None if gpu == "metal" else "no",
         "cuda": None if gpu == "cuda" else "no",
-        "simulator": None if msl.can_simulate() else why_not,
+        "simulator": compiler.why_not_simulate(),
         "reference": None,
     }
 

@@ -72,8 +72,24 @@ def clang() -> list[str]:
 
 
 def can_simulate() -> bool:
-    """Whether this machine can run kernels: clang, and Linux on x86-64 for the simulator."""
-    return sys.platform == "linux" and os.uname().machine == "x86_64" and find_clang() is not None
+    """Whether this machine can run kernels without a GPU."""
+    return why_not_simulate() is None
+
+
+@functools.cache
+def why_not_simulate() -> str | None:
+    """What this machine lacks to run kernels without a GPU; None where it lacks nothing."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return "the simulator needs Linux on x86-64"
+    if find_clang() is None:
+        return INSTALL_HINT
+    import mlx.core as mx
+
+    try:
+        mx.fast.metal_kernel(name="any", input_names=["x"], output_names=["y"], source="")
+    except RuntimeError:
+        return f"MLX {mx.__version__} generates no Metal text on this machine: 0.32 or newer does"
+    return None
 
 
 def linker() -> list[str]:
