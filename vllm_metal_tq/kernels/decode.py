@@ -17,6 +17,7 @@ MAX_ROWS = 8
 MAX_DIM = 256
 THREADGROUP_BYTES = 32768
 SIMD = 32
+MERGE_SIMDGROUPS = 8  # of a threadgroup
 WAVE = 2112  # SIMD-groups in flight: 16 on each of an H200's 132 processors
 
 LOG2E = 1 / math.log(2)
@@ -75,83 +76,89 @@ def decode(
     Returns:
         ``(B, num_heads, L, head_dim)`` in the queries' dtype.
     """
-    batch, num_heads, rows, head_dim = queries.shape
-    num_kv_heads = pages.shape[1]
-    dim, m = layout.dim, hadamard_factor(layout.dim)
-    factor, softcap = _logits(options)
-    columns = rows * num_heads // num_kv_heads
+    paged = _decode_launch(
+        queries, pages, block_table, lengths, layout, options, max_tokens, variant
+    )
+    (partial,) = execute(paged)
+    merged = _merge_launch(
+        partial, queries, lengths, layout, options, pages.shape[1], tail or (), sinks
+    )
+    return execute(merged)[0]
+
+
+def _decode_launch(
+    queries, pages, block_table, lengths, layout, options, max_tokens, variant
+) -> Launch:
+    """What the pages give: float32 ``(B, num_heads, L, splits, dim + 2)``."""
+    (batch, num_heads, rows, head_dim), num_kv_heads = queries.shape, pages.shape[1]
+    dim, columns = layout.dim, rows * num_heads // num_kv_heads
     variant = variant or variant_for(columns, dim)
     width = min(columns, 8 if variant == "mma" else _most_for_fma(dim))
     groups = -(-columns // width)
     simdgroups = _simdgroups(width, dim)
     splits = _splits(max_tokens, batch * num_kv_heads * groups, simdgroups)
-    k, v = layout.config.k_bits, layout.config.v_bits
-    template = {"T": queries.dtype, "D": dim, "M": m, "BS": layout.config.block_size}
-    template |= dict(zip(("KL", "KH"), (*PLANE_BITS[k], 0), strict=False))
-    template |= dict(zip(("VL", "VH"), (*PLANE_BITS[v], 0), strict=False))
+    max_blocks, v_bits = block_table.shape[1], layout.config.v_bits
+    levels = value_codebook(v_bits).coefficients
+    key_planes, value_planes = PLANE_BITS[layout.config.k_bits], PLANE_BITS[v_bits]
+    template = _template(queries, layout, options) | {"BS": layout.config.block_size}
+    template |= dict(zip(("KL", "KH"), (*key_planes, 0), strict=False))
+    template |= dict(zip(("VL", "VH"), (*value_planes, 0), strict=False))
     template |= {"N": width, "NSG": simdgroups, "NB": _sub_blocks(layout)}
-    template |= {"SOFTCAP": int(softcap > 0), "SPARSE": int(options.sparse_v > 0)}
-    (partial,) = execute(
-        Launch(
-            f"decode_{variant}",
-            {
-                "queries": queries,
-                "pages": pages,
-                "block_table": block_table,
-                "lengths": lengths,
-                "signs": signs(dim),
-                "shape": integers(
-                    num_heads,
-                    num_kv_heads,
-                    rows,
-                    head_dim,
-                    block_table.shape[1],
-                    groups,
-                    options.window,
-                ),
-                "numbers": numbers(
-                    factor, softcap, options.sparse_v, *value_codebook(v).coefficients
-                ),
-            },
-            template,
-            {"partial": ((batch, num_heads, rows, splits, dim + 2), mx.float32)},
-            (splits * simdgroups * SIMD, num_kv_heads * groups, batch),
-            (simdgroups * SIMD, 1, 1),
-        )
+    template |= {"SPARSE": int(options.sparse_v > 0)}
+    return Launch(
+        f"decode_{variant}",
+        {
+            "queries": queries,
+            "pages": pages,
+            "block_table": block_table,
+            "lengths": lengths,
+            "signs": signs(dim),
+            "shape": integers(
+                num_heads, num_kv_heads, rows, head_dim, max_blocks, groups, options.window
+            ),
+            "numbers": numbers(*_logits(options), options.sparse_v, *levels),
+        },
+        template,
+        {"partial": ((batch, num_heads, rows, splits, dim + 2), mx.float32)},
+        (splits * simdgroups * SIMD, num_kv_heads * groups, batch),
+        (simdgroups * SIMD, 1, 1),
     )
-    tail_size = 0 if tail is None else tail[0].shape[2]
+
+
+def _merge_launch(partial, queries, lengths, layout, options, num_kv_heads, tail, sinks) -> Launch:
+    """Splits and tail together, rotated back: the shape and dtype of ``queries``."""
+    (batch, num_heads, rows, head_dim), splits = queries.shape, partial.shape[3]
+    tail_size = tail[0].shape[2] if tail else 0
     keys, values = tail if tail_size else (queries, queries)
-    (attended,) = execute(
-        Launch(
-            "merge",
-            {
-                "partial": partial,
-                "queries": queries,
-                "lengths": lengths,
-                "tail_keys": keys,
-                "tail_values": values,
-                "sinks": signs(dim) if sinks is None else sinks.astype(mx.float32),
-                "signs": signs(dim),
-                "shape": integers(
-                    num_heads, num_kv_heads, rows, head_dim, splits, tail_size, options.window
-                ),
-                "numbers": numbers(factor, softcap),
-            },
-            {
-                "T": queries.dtype,
-                "D": dim,
-                "M": m,
-                "NSG": 8,
-                "TAIL": int(tail_size > 0),
-                "SINKS": int(sinks is not None),
-                "SOFTCAP": int(softcap > 0),
-            },
-            {"attended": (queries.shape, queries.dtype)},
-            (batch * num_heads * rows * 8 * SIMD, 1, 1),
-            (8 * SIMD, 1, 1),
-        )
+    threads = MERGE_SIMDGROUPS * SIMD
+    return Launch(
+        "merge",
+        {
+            "partial": partial,
+            "queries": queries,
+            "lengths": lengths,
+            "tail_keys": keys,
+            "tail_values": values,
+            "sinks": signs(layout.dim) if sinks is None else sinks.astype(mx.float32),
+            "signs": signs(layout.dim),
+            "shape": integers(
+                num_heads, num_kv_heads, rows, head_dim, splits, tail_size, options.window
+            ),
+            "numbers": numbers(*_logits(options)),
+        },
+        _template(queries, layout, options)
+        | {"NSG": MERGE_SIMDGROUPS, "TAIL": int(tail_size > 0), "SINKS": int(sinks is not None)},
+        {"attended": (queries.shape, queries.dtype)},
+        (batch * num_heads * rows * threads, 1, 1),
+        (threads, 1, 1),
     )
-    return attended
+
+
+def _template(queries: mx.array, layout: PageLayout, options: Options) -> dict:
+    """The constants of both launches."""
+    dim = layout.dim
+    softcap = int(options.softcap > 0)
+    return {"T": queries.dtype, "D": dim, "M": hadamard_factor(dim), "SOFTCAP": softcap}
 
 
 def variant_for(columns: int, dim: int) -> str:
