@@ -1,3 +1,4 @@
+#include "decode.h"
   // Attention of a few query rows over compressed pages, with plain float32 arithmetic.
   //
   // The same work as decode_mma.metal, with its inputs, outputs and template constants, for GPUs

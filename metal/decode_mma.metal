@@ -1,3 +1,4 @@
+#include "decode.h"
   // Attention of a few query rows over compressed pages, with 8x8 matrix fragments.
   //
   // A threadgroup serves one KV head of one sequence over one split of its context; its columns are

@@ -1,3 +1,4 @@
+#include "encode.h"
   // Encodes keys and values: rotation, search of the step, codes, scales. A vector belongs to
   // D / E lanes, which do the key and then the value of a token.
   //

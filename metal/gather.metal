@@ -1,3 +1,4 @@
+#include "gather.h"
   // Decodes the pages of a sequence. A thread makes eight elements of one key or one value:
   // grid (tokens * D / 8 in threadgroups of THREADS, KV heads, keys or values).
   //

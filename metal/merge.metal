@@ -1,3 +1,4 @@
+#include "attention.h"
   // Merge the splits of decode, add the tokens that are not in pages yet, rotate back.
   // One threadgroup a query row and head.
   //

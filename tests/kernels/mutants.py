@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from vllm_metal_tq.kernels import launch
 
 KERNELS = ["encode", "gather", "decode_mma", "decode_fma", "merge"]
-FILES = [*(f"{name}.metal" for name in KERNELS), "common.h", "dialect_metal.h"]
+HEADERS = ["attention.h", "decode.h", "encode.h", "gather.h", "dialect_metal.h"]
+FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS]
 
 
 @dataclass(frozen=True)
@@ -194,31 +195,30 @@ encode.metal: for (int step = 0; step <= STEPS; ++step) { #2
 encode.metal: if (V_BITS < 4) {
 encode.metal: if (V_BITS < 4) { #2
 = a minimum of two that are equal
-common.h: for (int k = 1; k < (P <= 32 ? P : 32); k *= 2) {
+attention.h: for (int k = 1; k < (P <= 32 ? P : 32); k *= 2) {
 = a byte more, whose bits lie above those that are used
-common.h: for (int i = 0; i <= HIGH; ++i) b |= uint(page[high[d / 8 * HIGH + i]]) << (8 * i);
+gather.h: for (int i = 0; i <= HIGH; ++i) b |= uint(page[high[d / 8 * HIGH + i]]) << (8 * i);
 = a field may lie in either place, as long as tq_pair and tq_key_offset agree
-common.h: return field % (HIGH == 0 && LOW < 2 ? 10 / LOW : 8 / LOW) * LOW;
+decode.h: return field % (HIGH == 0 && LOW < 2 ? 10 / LOW : 8 / LOW) * LOW;
 = the mask has no bits
-common.h: if (HIGH >= 0) {
+decode.h: if (HIGH >= 0) {
 = a shift by 0, to the left or to the right
-common.h: pair |= (up > 0 ? high << (up >= 0 ? up : 0) : high >> (up >= 0 ? 0 : -up)) & (high_mask + zero);
-common.h: pair |= (up >= 0 ? high << (up > 0 ? up : 0) : high >> (up >= 0 ? 0 : -up)) & (high_mask + zero);
-common.h: pair |= (up >= 0 ? high << (up >= 0 ? up : 0) : high >> (up > 0 ? 0 : -up)) & (high_mask + zero);
+decode.h: pair |= (up > 0 ? high << (up >= 0 ? up : 0) : high >> (up >= 0 ? 0 : -up)) & (high_mask + zero);
+decode.h: pair |= (up >= 0 ? high << (up > 0 ? up : 0) : high >> (up >= 0 ? 0 : -up)) & (high_mask + zero);
+decode.h: pair |= (up >= 0 ? high << (up >= 0 ? up : 0) : high >> (up > 0 ? 0 : -up)) & (high_mask + zero);
 = the branch is that of s above 0
-common.h: const uint middle = ((1u << BITS) - 1u) << (s >= 0 ? s - 1 : 0);
+decode.h: const uint middle = ((1u << BITS) - 1u) << (s >= 0 ? s - 1 : 0);
 = c/b is 0 up to 4 bits
-common.h: if (BITS >= 4) {
-common.h: if (BITS >= 4) { #2
+decode.h: if (BITS >= 4) {
+encode.h: if (BITS >= 4) {
 = one word either way; a plane of 0 bits is never stored
-common.h: constexpr int WORDS = BITS == 1 ? 1 : (SIZE + 31) / 32;
+encode.h: constexpr int WORDS = BITS == 1 ? 1 : (SIZE + 31) / 32;
 = SIZE is no multiple of 8 here, so the two are never equal
-common.h: const uint mine = 8 * i <= SIZE ? words[0] >> (8 * i % 32) : 0;
-common.h: const uint its = 8 * i > SIZE ? next >> ((8 * i - SIZE) & 31) : next << ((SIZE - 8 * i) & 31);
-common.h: if (live && p % 2 == 0) plane[p * SIZE / 8 + i] = uchar(8 * i + 8 < SIZE ? mine : mine | its);
-= not used by any kernel
+encode.h: const uint mine = 8 * i <= SIZE ? words[0] >> (8 * i % 32) : 0;
+encode.h: const uint its = 8 * i > SIZE ? next >> ((8 * i - SIZE) & 31) : next << ((SIZE - 8 * i) & 31);
+encode.h: if (live && p % 2 == 0) plane[p * SIZE / 8 + i] = uchar(8 * i + 8 < SIZE ? mine : mine | its);
 = the same bytes one by one
-common.h: } else if (SIZE % 32 == 1) {
+encode.h: } else if (SIZE % 32 == 1) {
 """  # noqa: E501
 
 

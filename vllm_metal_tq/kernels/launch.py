@@ -86,27 +86,35 @@ def _compiled(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], dial
         name=f"tq_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
-        header=header(dialect),
+        header=header(name, dialect),
         source=_source(f"{name}.metal", dialect),
     )
 
 
 @lru_cache
-def header(dialect: str) -> str:
-    """What comes before a kernel's body: the dialect, Hadamard matrices, shared functions."""
+def header(kernel: str, dialect: str) -> str:
+    """What comes before a kernel's body: the dialect, and the files that the body includes."""
     own = _source(f"dialect_{dialect}.h", "metal")
-    return own + _hadamard_rows() + _source("common.h", dialect)
+    return own + _hadamard_rows() + "".join(_source(name, dialect) for name in _included(kernel))
+
+
+def _included(kernel: str) -> list[str]:
+    """The files that a kernel includes, those first that others include in turn."""
+    names = [f"{kernel}.metal"]
+    for name in names:
+        names += re.findall(r'^#include "(.*)"$', (SOURCES / name).read_text(), re.MULTILINE)
+    return names[:0:-1]
 
 
 @lru_cache
 def _source(name: str, dialect: str) -> str:
-    # MLX hashes the source at every call, so comments stay on disk.
-    text = re.sub(r"//[^\n]*", "", (SOURCES / name).read_text())
+    """A file as MLX gets it: MLX hashes it at every call, so comments and indents stay on disk."""
+    text = re.sub(r'//[^\n]*|^#include ".*"$', "", (SOURCES / name).read_text(), flags=re.MULTILINE)
     if dialect == "cuda":
         # CUDA's pointers name no address space, and a macro `device` would break `__device__`.
         text = re.sub(r"\b(?:device|constant|thread|threadgroup(?= \w+\*)) ", "", text)
         text = re.sub(r"\bthreadgroup ", "__shared__ ", text)
-    return "\n".join(line for line in map(str.rstrip, text.splitlines()) if line) + "\n"
+    return "\n".join(filter(None, map(str.strip, text.splitlines()))) + "\n"
 
 
 def _hadamard_rows() -> str:
