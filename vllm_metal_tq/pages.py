@@ -16,9 +16,14 @@ GROWTH_TOKENS = 256  # as mlx_lm's caches grow
 @lru_cache(maxsize=2)
 def _places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
     """Block, head and offset of every byte of some rows. Layers share them: hence the cache."""
-    block, place = np.divmod(slots, layout.config.block_size)
-    heads = mx.arange(num_kv_heads)[:, None, None]
-    return mx.array(block)[:, None], heads, mx.array(layout.byte_offsets[place])
+    block, place = np.divmod(np.array(slots, np.uint32), layout.config.block_size)
+    heads = np.arange(num_kv_heads, dtype=np.uint32)
+    places = [block[:, None], heads[:, None, None], layout.byte_offsets[place]]
+    # Of one dtype and shape: otherwise MLX would convert them anew in every layer.
+    shape = (num_kv_heads, len(slots), layout.row_bytes)
+    places = tuple(mx.broadcast_to(mx.array(x), shape) for x in places)
+    mx.eval(places)
+    return places
 
 
 @mx.compile  # for the host's sake: looking at indices in Python takes longer than the launch
