@@ -157,7 +157,7 @@ def _launch(variant: str, columns: int, layout: PageLayout) -> Launch:
             mx.zeros((1, columns, 1, layout.head_dim), mx.bfloat16),
             mx.zeros((8, 1, layout.page_bytes), mx.uint8),
             mx.zeros((1, 8), mx.int32),
-            mx.zeros((1, 2), mx.int32),
+            mx.zeros((1, 3), mx.int32),
             layout,
             Options(scale=1.0),
             max_tokens=CONTEXT,

@@ -59,8 +59,8 @@
   const int split = threadgroup_position_in_grid.x;
 
   // Row l is the token at position `rows_from` + l and sees `window` positions back, itself included.
-  const int paged = lengths[2 * seq];
-  const int rows_from = lengths[2 * seq + 1] - L;
+  const int paged = lengths[3 * seq];
+  const int rows_from = lengths[3 * seq + 1] - L;
   const int first_row = first_column / G;
   const int last_row = (first_column + columns - 1) / G;
   const int see_from = window > 0 ? rows_from + 1 - window : 0;

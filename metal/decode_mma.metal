@@ -10,7 +10,8 @@
   // The order of bytes is that of vllm_metal_tq/layout.py.
   //
   // queries [B, H, L, head_dim] T; pages uchar; block_table [B, max_blocks] int;
-  // lengths [B, 2] int: tokens in pages, tokens in all; the L query rows are the last of these
+  // lengths [B, 3] int: tokens that are read from pages, tokens in all, shift; the L query rows are
+  // the last of these tokens
   // signs [D] float; shape int: H, HKV, L, head_dim, max_blocks, column groups, window (0: none)
   // numbers float: factor of the logits, softcap, sparse_v, b, a/b, c/b of the value levels
   // partial [B, H, L, splits, D + 2] float: sum of weight * value, then maximum (base 2) and sum
@@ -55,8 +56,8 @@
   const int split = threadgroup_position_in_grid.x;
 
   // Row l is the token at position `rows_from` + l and sees `window` positions back, itself included.
-  const int paged = lengths[2 * seq];
-  const int rows_from = lengths[2 * seq + 1] - L;
+  const int paged = lengths[3 * seq];
+  const int rows_from = lengths[3 * seq + 1] - L;
   const int first_row = first_column / G;
   const int last_row = (first_column + columns - 1) / G;
   const int see_from = window > 0 ? rows_from + 1 - window : 0;

@@ -2,13 +2,13 @@
   // Merge the splits of decode, add the tokens that are not in pages yet, rotate back.
   // One threadgroup a query row and head.
   //
-  // partial: as decode writes it; queries [B, H, L, head_dim] T; lengths [B, 2] int: tokens in
-  // pages, tokens in all; tail_keys, tail_values [B, HKV, tail, head_dim] T: the tokens between,
-  // as the model made them; sinks [H] float: logits; signs [D] float
-  // shape int: H, HKV, L, head_dim, splits, tail, window (0: none)
+  // partial: as decode writes it; queries [B, H, L, head_dim] T; lengths [B, 3] int: tokens that are
+  // read from pages, tokens in all, shift; tail_keys, tail_values [B, HKV, TAIL, head_dim] T: the
+  // tokens between, as the model made them, token i in slot i % TAIL; sinks [H] float: logits;
+  // signs [D] float; shape int: H, HKV, L, head_dim, splits, window (0: none)
   // numbers float: factor of the logits, softcap
   // attended [B, H, L, head_dim] T
-  // Template: T, D, M, NSG, TAIL, SINKS, SOFTCAP.
+  // Template: T, D, M, NSG, TAIL (slots; 0: no tail), SINKS, SOFTCAP.
   constexpr int E = D / 32;
   const int lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;
@@ -16,7 +16,7 @@
   const int L = shape[2];
   const int head_dim = shape[3];
   const int splits = shape[4];
-  const int window = shape[6];
+  const int window = shape[5];
   const int row = threadgroup_position_in_grid.x;  // (seq * H + head) * L + l
   const int head = row / L % H;
   const int seq = row / L / H;
@@ -50,16 +50,16 @@
     split_ls[sg] = l;
   }
 
-  if (TAIL) {
-    const int paged = lengths[2 * seq];
-    const int position = lengths[2 * seq + 1] - L + row % L;
-    const int first = window > 0 ? max(position + 1 - window - paged, 0) : 0;
-    const int kv_row = (seq * shape[1] + head / (H / shape[1])) * shape[5];
+  if (TAIL > 0) {
+    const int paged = lengths[3 * seq];
+    const int position = lengths[3 * seq + 1] - L + row % L;
+    const int first = window > 0 ? max(position + 1 - window, paged) : paged;
+    const int ring = (seq * shape[1] + head / (H / shape[1])) * TAIL;
     float top = -1e30f, weights = 0.0f;
     TQ_UNROLL
     for (int e = 0; e < E; ++e) v[e] = 0.0f;
-    for (int t = first + sg; t <= position - paged; t += NSG) {
-      const size_t at = size_t(kv_row + t) * head_dim;
+    for (int t = first + sg; t <= position; t += NSG) {
+      const size_t at = size_t(ring + t % (TAIL > 0 ? TAIL : 1)) * head_dim;
       float dot = 0.0f;
       for (int d = lane; d < head_dim; d += 32) {
         dot = fma(float(queries[size_t(row) * head_dim + d]), float(tail_keys[at + d]), dot);
@@ -90,11 +90,11 @@
   if (sg == 0) {
     float top = SINKS ? sinks[head] * 1.44269504f : -1e30f;
     for (int j = 0; j < NSG; ++j) top = max(top, split_ms[j]);
-    if (TAIL) {
+    if (TAIL > 0) {
       for (int j = 0; j < NSG; ++j) top = max(top, tail_m[j]);
     }
     float total = SINKS ? fast::exp2(sinks[head] * 1.44269504f - top) : 0.0f;
-    if (TAIL) {
+    if (TAIL > 0) {
       for (int j = 0; j < NSG; ++j) total = fma(tail_l[j], fast::exp2(tail_m[j] - top), total);
     }
     TQ_UNROLL
@@ -112,7 +112,7 @@
     for (int e = 0; e < E; ++e) {
       const int d = lane + 32 * e;
       float x = v[e] * norm * signs[d];
-      if (TAIL) {
+      if (TAIL > 0) {
         for (int j = 0; j < NSG; ++j) x = fma(tail_sums[j][d], fast::exp2(tail_m[j] - top), x);
       }
       if (d < head_dim) attended[size_t(row) * head_dim + d] = T(x * per_total);

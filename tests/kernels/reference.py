@@ -5,7 +5,7 @@ import numpy as np
 
 from vllm_metal_tq import codec
 from vllm_metal_tq.config import TurboQuantConfig
-from vllm_metal_tq.kernels.decode import Options
+from vllm_metal_tq.kernels.decode import TAIL, Options
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.pages import PagePool
 from vllm_metal_tq.rotation import unrotate
@@ -34,7 +34,7 @@ class Case:
         seed=0,
         **options,
     ):
-        """``lengths``: tokens of each sequence in pages; ``tail`` more lie outside them."""
+        """``lengths``: tokens of each sequence in pages; ``tail`` more lie in a ring."""
         rng = np.random.default_rng(seed)
         self.layout = PageLayout(TurboQuantConfig(*bits, block_size), head_dim)
         num_heads, num_kv_heads = heads
@@ -57,7 +57,7 @@ class Case:
                 self.pool.write(slots, codec.encode(keys, values, self.layout))
         self.paged = list(lengths)
         self.block_table = mx.array(table)
-        self.lengths = mx.array([[n, n + tail] for n in lengths], dtype=mx.int32)
+        self.lengths = mx.array([[n, n + tail, 0] for n in lengths], dtype=mx.int32)
 
         def random(*shape, size=1.0):
             return mx.array((rng.normal(size=shape) * size).astype(np.float32)).astype(dtype)
@@ -65,7 +65,7 @@ class Case:
         batch = len(lengths)
         self.queries = random(batch, num_heads, rows, head_dim, size=loud)
         self.tail = (
-            tuple(random(batch, num_kv_heads, tail, head_dim) for _ in range(2)) if tail else None
+            tuple(random(batch, num_kv_heads, TAIL, head_dim) for _ in range(2)) if tail else None
         )
         self.sinks = mx.array(rng.normal(size=num_heads).astype(np.float32)) if sinks else None
         self.options = Options(head_dim**-0.5, **options)
@@ -124,6 +124,7 @@ class Case:
             for x in codec.decode(pages, self.layout)
         ]
         if self.tail is not None:
-            tails = [float64(x[i]) for x in self.tail]
+            slots = np.arange(*self.lengths[i, :2].tolist()) % TAIL
+            tails = [float64(x[i])[:, slots] for x in self.tail]
             parts = [np.concatenate(pair, axis=1) for pair in zip(parts, tails, strict=True)]
         return parts

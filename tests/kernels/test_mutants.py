@@ -141,15 +141,15 @@ SHORT = [
     (attends, [0, 33], dict(heads=(12, 2), rows=2, head_dim=80, tail=2)),
     (attends, [16, 48], dict(heads=(12, 2), rows=2, head_dim=80, window=16, max_tokens=300)),
     (attends, [33, 47], dict(heads=(12, 2), rows=2, head_dim=80, window=2, tail=1)),
-    (attends, [16], dict(heads=(2, 2), head_dim=64, tail=40, window=2)),
+    (attends, [16], dict(heads=(2, 2), head_dim=64, tail=32, window=2)),
     (attends, [32], dict(bits=(2, 8), head_dim=32, heads=(1, 1), max_tokens=600)),
     (attends, [333, 20, 256], dict(bits=(6, 5), head_dim=256, heads=(4, 2), rows=3, loud=4.0)),
 ]
 LONG = [
     (attends, [40, 65], dict(bits=(8, 4), head_dim=160, heads=(8, 1), block_size=32)),
     (attends, [8, 60], dict(heads=(5, 1), rows=8, head_dim=128, window=20)),
-    (attends, [1 + 13 * i for i in range(9)], dict(heads=(4, 2))),
-    (attends, [1 + 13 * i for i in range(7)], dict(heads=(4, 2), softcap=5.0, loud=4.0)),
+    (attends, [1 + 13 * i for i in range(3)], dict(heads=(4, 2))),
+    (attends, [27 + 13 * i for i in range(2)], dict(heads=(4, 2), softcap=5.0, loud=4.0)),
     (attends, [50], dict(bits=(5, 6), head_dim=64, heads=(1, 1))),
     (attends, [50], dict(bits=(4, 2), head_dim=96, heads=(3, 1), sparse_v=1e-9, loud=4.0)),
     (attends, [50], dict(bits=(3, 3), head_dim=32, heads=(7, 1), block_size=32)),

@@ -81,7 +81,7 @@ class PagedCache:
         self.pages = _random_pages(shape.batch * blocks, shape.kv_heads, self.layout)
         order = np.random.default_rng(0).permutation(shape.batch * blocks).astype(np.int32)
         self.block_table = mx.array(order.reshape(shape.batch, blocks))
-        self.lengths = mx.array([[shape.context] * 2] * shape.batch, mx.int32)
+        self.lengths = mx.array([[shape.context, shape.context, 0]] * shape.batch, mx.int32)
         mx.eval(self.pages, self.block_table, self.lengths)
 
     @property

@@ -15,6 +15,7 @@ from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
 MAX_ROWS = 8
 MAX_DIM = 256
+TAIL = 32  # slots of the ring of a sequence's last tokens
 THREADGROUP_BYTES = 32768
 SIMD = 32
 MERGE_SIMDGROUPS = 8  # of a threadgroup
@@ -59,15 +60,17 @@ def decode(
     """Attend from the last tokens of each sequence to all that they see.
 
     Args:
-        queries: ``(B, num_heads, L, head_dim)``, L at most 8; row l is the token at position
+        queries: ``(B, num_heads, L, head_dim)``, L at most 8; row l is the token of index
             ``lengths[:, 1] - L + l`` and sees no token after itself.
         pages: uint8 ``(num_blocks, num_kv_heads, page_bytes)``.
         block_table: int32 ``(B, max_blocks)``.
-        lengths: int32 ``(B, 2)``: tokens that are read from pages, and tokens in all.
+        lengths: int32 ``(B, 3)``: tokens that are read from pages, tokens in all, and how far
+            positions run ahead of indices in the pages.
         layout: the layout of ``pages``.
         options: scale, window, softcap, sparse_v.
-        tail: keys and values of the tokens that are not read from pages, as the model made them,
-            ``(B, num_kv_heads, tail, head_dim)`` each in the queries' dtype, first token first.
+        tail: a ring of the last keys and values as the model made them, ``(B, num_kv_heads, TAIL,
+            head_dim)`` each in the queries' dtype: the token of index i lies in slot i % TAIL.
+            The tokens ``lengths[:, 0]`` and on are read from it.
         sinks: a learned logit for each head, ``(num_heads,)``.
         max_tokens: at least the largest of ``lengths[:, 0]``; it decides how the work is split.
         variant: ``mma`` or ``fma``; None is ``variant_for`` this GPU.
@@ -80,9 +83,7 @@ def decode(
         queries, pages, block_table, lengths, layout, options, max_tokens, variant
     )
     (partial,) = execute(paged)
-    merged = _merge_launch(
-        partial, queries, lengths, layout, options, pages.shape[1], tail or (), sinks
-    )
+    merged = _merge_launch(partial, queries, lengths, layout, options, pages.shape[1], tail, sinks)
     return execute(merged)[0]
 
 
@@ -128,8 +129,7 @@ def _decode_launch(
 def _merge_launch(partial, queries, lengths, layout, options, num_kv_heads, tail, sinks) -> Launch:
     """Splits and tail together, rotated back: the shape and dtype of ``queries``."""
     (batch, num_heads, rows, head_dim), splits = queries.shape, partial.shape[3]
-    tail_size = tail[0].shape[2] if tail else 0
-    keys, values = tail if tail_size else (queries, queries)
+    keys, values = tail or (queries, queries)
     threads = MERGE_SIMDGROUPS * SIMD
     return Launch(
         "merge",
@@ -141,13 +141,11 @@ def _merge_launch(partial, queries, lengths, layout, options, num_kv_heads, tail
             "tail_values": values,
             "sinks": signs(layout.dim) if sinks is None else sinks.astype(mx.float32),
             "signs": signs(layout.dim),
-            "shape": integers(
-                num_heads, num_kv_heads, rows, head_dim, splits, tail_size, options.window
-            ),
+            "shape": integers(num_heads, num_kv_heads, rows, head_dim, splits, options.window),
             "numbers": numbers(*_logits(options)),
         },
         _template(queries, layout, options)
-        | {"NSG": MERGE_SIMDGROUPS, "TAIL": int(tail_size > 0), "SINKS": int(sinks is not None)},
+        | {"NSG": MERGE_SIMDGROUPS, "TAIL": TAIL if tail else 0, "SINKS": int(sinks is not None)},
         {"attended": (queries.shape, queries.dtype)},
         (batch * num_heads * rows * threads, 1, 1),
         (threads, 1, 1),

@@ -14,14 +14,14 @@ from .. import codec
 from ..layout import PageLayout
 from ..pages import PagePool
 from ..rotation import rotate, unrotate
-from .decode import Options, decode
+from .decode import TAIL, Options, decode
 from .encode import encode
 from .gather import gather
 from .launch import Executor, on_gpu
 
 LENGTHS = (150, 37)  # tokens in pages of each of two sequences; both end inside a block
 MAX_TOKENS = 2048  # told to decode, so that it splits the context
-TAIL = 5
+NOT_IN_PAGES = 5  # tokens of each sequence that only the tail has
 HEADS, KV_HEADS = 4, 2
 
 ROUNDING = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
@@ -151,7 +151,7 @@ class _Case:
 
     def merge_error(self, execute: Executor) -> float:
         """Error of attention over pages, a tail and sinks."""
-        return self._attention_error(execute, "mma", TAIL, tail=self.tail, sinks=self.sinks)
+        return self._attention_error(execute, "mma", NOT_IN_PAGES, tail=self.tail, sinks=self.sinks)
 
     def _attention_error(self, execute: Executor, variant: str, tail_size: int, **more) -> float:
         scale = self.layout.head_dim**-0.5
@@ -159,7 +159,7 @@ class _Case:
             self.queries,
             self.pages,
             self.table,
-            mx.array([[length, length + tail_size] for length in LENGTHS], mx.int32),
+            mx.array([[length, length + tail_size, 0] for length in LENGTHS], mx.int32),
             self.layout,
             Options(scale),
             max_tokens=MAX_TOKENS,
@@ -177,7 +177,11 @@ class _Case:
                 past = (x[:, start : start + length] for x in self.decoded)
                 parts = [unrotate(x, self.layout.head_dim) for x in past]
                 if tail is not None:
-                    parts = [mx.concatenate([x, y[i]], 1) for x, y in zip(parts, tail, strict=True)]
+                    slots = mx.arange(length, length + NOT_IN_PAGES) % TAIL
+                    parts = [
+                        mx.concatenate([x, ring[i][:, slots]], axis=1)
+                        for x, ring in zip(parts, tail, strict=True)
+                    ]
                 keys, values = (mx.repeat(x, HEADS // KV_HEADS, axis=0) for x in parts)
                 logits = scale * self.queries[i].astype(mx.float32) @ keys.swapaxes(1, 2)
                 if sinks is not None:
