@@ -21,9 +21,7 @@ def _places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tu
     places = [block[:, None], heads[:, None, None], layout.byte_offsets[place]]
     # Of one dtype and shape: otherwise MLX would convert them anew in every layer.
     shape = (num_kv_heads, len(slots), layout.row_bytes)
-    places = tuple(mx.broadcast_to(mx.array(x), shape) for x in places)
-    mx.eval(places)
-    return places
+    return tuple(mx.broadcast_to(mx.array(x), shape) for x in places)
 
 
 @mx.compile  # for the host's sake: looking at indices in Python takes longer than the launch

@@ -7,14 +7,17 @@ one call, so that tests can hand the same call to a simulator.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import mlx.core as mx
 import numpy as np
+from platformdirs import user_cache_path
 
 _INSTALLED = Path(__file__).parents[1] / "metal"
 SOURCES = _INSTALLED if _INSTALLED.exists() else Path(__file__).parents[2] / "metal"
@@ -81,14 +84,32 @@ def numbers(*values: float) -> mx.array:
 
 @lru_cache
 def _compiled(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], dialect: str):
-    build = mx.fast.metal_kernel if dialect == "metal" else mx.fast.cuda_kernel
-    return build(
-        name=f"tq_{name}",
-        input_names=list(inputs),
-        output_names=list(outputs),
-        header=header(name, dialect),
-        source=_source(f"{name}.metal", dialect),
-    )
+    texts = {"header": header(name, dialect), "source": _source(f"{name}.metal", dialect)}
+    build = mx.fast.metal_kernel
+    if dialect == "cuda":
+        build = mx.fast.cuda_kernel
+        texts = {part: _by_reference(text) for part, text in texts.items()}
+    names = {"input_names": list(inputs), "output_names": list(outputs)}
+    return build(name=f"tq_{name}", **names, **texts)
+
+
+def _by_reference(text: str) -> str:
+    """An ``#include`` of a file in the user's cache that holds ``text``.
+
+    For CUDA, MLX hashes the whole text at every launch: 2 us for 10 KB, as much as all else.
+    Where the file cannot be written, the text itself.
+    """
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = user_cache_path("vllm-metal-tq") / "cuda" / f"{digest}.h"
+    try:
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile("w", dir=path.parent, delete=False) as whole:
+                whole.write(text)
+            Path(whole.name).replace(path)
+    except OSError:
+        return text
+    return f'#include "{path}"\n'
 
 
 @lru_cache
@@ -108,7 +129,7 @@ def _included(kernel: str) -> list[str]:
 
 @lru_cache
 def _source(name: str, dialect: str) -> str:
-    """A file as MLX gets it: MLX hashes it at every call, so comments and indents stay on disk."""
+    """A file as MLX gets it: without comments and indents, which would only cost time."""
     text = re.sub(r'//[^\n]*|^#include ".*"$', "", (SOURCES / name).read_text(), flags=re.MULTILINE)
     if dialect == "cuda":
         # CUDA's pointers name no address space, and a macro `device` would break `__device__`.
