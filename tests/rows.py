@@ -7,11 +7,16 @@ from vllm_metal_tq import codec
 from vllm_metal_tq.layout import PageLayout
 
 
-def decoded(rows: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
+def decoded(
+    rows: mx.array, layout: PageLayout, centre=None, positions=None
+) -> tuple[mx.array, mx.array]:
     """Keys and values of rows ``(..., row_bytes)``, through a page for each."""
     pages = np.zeros((*rows.shape[:-1], layout.page_bytes), np.uint8)
     pages[..., layout.byte_offsets[0]] = np.array(rows)
-    return tuple(x[..., 0, :] for x in codec.decode(mx.array(pages), layout))
+    if centre:
+        positions = mx.repeat(positions, layout.config.block_size)  # all slots of a token's page
+    pages = codec.decode(mx.array(pages), layout, centre, positions)
+    return tuple(x[..., 0, :] for x in pages)
 
 
 def rows_of(table, num_tokens: int | None = None) -> np.ndarray:

@@ -1,3 +1,4 @@
+import centres
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from rows import decoded
 from vllm_metal_tq import attention, codec
 from vllm_metal_tq.config import TurboQuantConfig
 from vllm_metal_tq.layout import PageLayout
-from vllm_metal_tq.rotation import unrotate
+from vllm_metal_tq.rotation import rotate, unrotate
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -91,22 +92,46 @@ def test_without_a_past_it_is_plain_attention_bit_for_bit():
     )
 
 
-@pytest.mark.parametrize("raw_window", [1, 2, 40])
-def test_the_decode_mask_shows_every_older_token_once(raw_window):
-    mask = np.array(attention.decode_mask("causal", length=3, past_length=5, raw_window=raw_window))
+@pytest.mark.parametrize("raw_window", [1, 2, 4, 40])
+@pytest.mark.parametrize("recent", [3, 6])
+def test_the_decode_mask_shows_every_older_token_once(raw_window, recent):
+    mask = np.array(attention.decode_mask("causal", 3, 8, recent, raw_window))
     for i in range(3):
-        pages, raw = mask[i, :8], np.pad(mask[i, 8:], (5, 0))
+        pages, raw = mask[i, :8], np.pad(mask[i, 8:], (8 - recent, 0))
         assert (pages ^ raw).tolist() == [j <= 5 + i for j in range(8)]
-        assert raw.tolist() == [5 <= j <= 5 + i < j + raw_window for j in range(8)]
+        assert raw.tolist() == [8 - recent <= j <= 5 + i < j + raw_window for j in range(8)]
 
 
 def test_the_decode_mask_keeps_the_models_own_mask():
     window = causal(3, 5) & (np.arange(5, 8)[:, None] - np.arange(8) < 4)
-    mask = np.array(attention.decode_mask(mx.array(window), 3, 5, raw_window=1))
+    mask = np.array(attention.decode_mask(mx.array(window), 3, 8, 3, raw_window=1))
     assert np.array_equal(mask[:, :8] | np.pad(mask[:, 8:], ((0, 0), (5, 0))), window)
     assert mask.sum() == window.sum()
 
 
 def test_the_decode_mask_refuses_an_additive_mask():
     with pytest.raises(ValueError, match="takes a bool mask, not"):
-        attention.decode_mask(mx.zeros((3, 8)), 3, 5, 1)
+        attention.decode_mask(mx.zeros((3, 8)), 3, 8, 3, 1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_with_a_centre_it_is_the_formula_over_the_keys_and_values_that_are_meant(head_dim):
+    centre = centres.random(2, head_dim)
+    page = PageLayout(TurboQuantConfig(4, 4), head_dim)
+    k, v = centres.typical(centre, 48, first=1000)
+    rows = codec.encode(k, v, page, centre, mx.arange(1000, 1048))
+    past = decoded(rows, page, centre, mx.arange(1000, 1048))
+    q, new_k, new_v = chunk(6, 2, 5, head_dim)
+    # Recent tokens may be more than the queries' own.
+    out = attention.attend(
+        q[:, :, 2:],
+        new_k,
+        new_v,
+        [x[None] for x in past],
+        scale=head_dim**-0.5,
+        mask="causal",
+        centre=centre,
+    )
+    meant = unrotate(past[0], head_dim) / centre.smoothing[:, None]
+    expected = exact(q, new_k, new_v, [rotate(meant)[None], past[1][None]], causal(5, 48))[:, :, 2:]
+    assert np.abs(np.array(out) - expected).max() < 1e-5

@@ -1,3 +1,4 @@
+import centres
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -191,3 +192,82 @@ def test_memory_for_encoding_does_not_grow_with_the_prompt():
 
     # Beyond a slice: the rows twice, as slices and joined.
     assert peak(4096) < peak(codec.SLICE) + 2.5 * 4 * 4096 * layout().row_bytes
+
+
+class TestCentre:
+    """Rows of two KV heads around a centre, encoded with it."""
+
+    @pytest.fixture
+    def centre(self):
+        return centres.random(2, 64)
+
+    def encoded(self, keys, values, centre, bits=4, first=0):
+        page = layout(bits, bits, 64)
+        positions = mx.arange(first, first + keys.shape[1])
+        rows = codec.encode(keys, values, page, centre, positions)
+        return page, rows, decoded(rows, page, centre, positions)
+
+    def flags(self, rows):
+        return np.array(rows[..., -4:].view(mx.uint16) >> 15)
+
+    @pytest.mark.parametrize("bits", WIDTHS)
+    @pytest.mark.parametrize("first", [0, 1_000_000])
+    def test_errors_are_those_of_what_is_left(self, centre, bits, first):
+        keys, values = centres.typical(centre, 600, first)
+        _, rows, (got_keys, got_values) = self.encoded(keys, values, centre, bits, first)
+        assert self.flags(rows).mean() > 0.99
+        t = centre.smoothing[:, None]
+        noise = keys - centre.at(mx.arange(first, first + 600))
+        error = (mx.square(rotate(keys * t) - got_keys).sum() / mx.square(noise * t).sum()).item()
+        assert error < 1.02 * UNIFORM_OPTIMUM[bits] + 2e-6  # fp16 scales
+        error = mx.square(rotate(values) - got_values).sum()
+        error = (error / mx.square(values - centre.value_mean[:, None]).sum()).item()
+        assert error < 1.03 * distortion(lloyd_max(bits)) + 2e-6
+
+    def test_vectors_off_the_mean_are_stored_whole(self, centre):
+        keys, values = centres.typical(centre, 100)
+        keys[:, ::2], values[:, 1::2] = normal(2, 50, 64), normal(2, 50, 64, seed=1)
+        page, rows, (got_keys, got_values) = self.encoded(keys, values, centre)
+        f, g = np.moveaxis(self.flags(rows), -1, 0)
+        assert not f[:, ::2].any()
+        assert f[:, 1::2].all()
+        assert g[:, ::2].all()
+        assert not g[:, 1::2].any()
+        plain = decoded(codec.encode(keys * centre.smoothing[:, None], values, page), page)
+        assert mx.array_equal(got_keys[:, ::2], plain[0][:, ::2])
+        assert mx.array_equal(got_values[:, 1::2], plain[1][:, 1::2])
+
+    def test_a_scale_of_minus_zero_keeps_its_flag(self, centre):
+        # Keys and values that are the means: nothing is left to encode.
+        positions = mx.arange(5, 9)
+        keys = centre.at(positions)
+        values = mx.broadcast_to(centre.value_mean[:, None], keys.shape)
+        _, rows, (got_keys, got_values) = self.encoded(keys, values, centre, first=5)
+        assert (self.flags(rows) == 1).all()
+        assert (rows[..., -4:].view(mx.float16) == 0).all()
+        assert mx.abs(got_keys - rotate(keys * centre.smoothing[:, None])).max().item() < 1e-5
+        assert mx.abs(got_values - rotate(values)).max().item() < 1e-5
+
+    def test_zeros_decode_to_zeros(self, centre):
+        zeros = mx.zeros((2, 3, 64))
+        _, rows, got = self.encoded(zeros, zeros, centre)
+        assert (self.flags(rows) == 0).all()
+        assert all((x == 0).all() for x in got)
+
+    def test_without_mu_no_key_has_a_flag(self, centre):
+        keys, values = centres.typical(centre, 20)
+        _, rows, _ = self.encoded(keys, values, centre.without_mu)
+        assert (self.flags(rows)[..., 0] == 0).all()
+        assert (self.flags(rows)[..., 1] == 1).all()
+
+    def test_without_a_centre_no_scale_is_negative(self):
+        keys, values = normal(2, 300, 64), normal(2, 300, 64, seed=1)
+        assert (self.flags(codec.encode(keys, values, layout(2, 2, 64))) == 0).all()
+
+    def test_a_token_is_encoded_alike_in_every_chunk(self, centre):
+        keys, values = centres.typical(centre, 300)
+        page, rows, _ = self.encoded(keys, values, centre)
+        alone = codec.encode(keys[:, 290:], values[:, 290:], page, centre, mx.arange(290, 300))
+        # Sines of the same phases; a sum may be rounded elsewhere.
+        differ = np.array(rows[:, 290:]) != np.array(alone)
+        assert differ.mean() < 0.01

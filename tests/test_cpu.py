@@ -1,3 +1,4 @@
+import centres
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,23 +13,34 @@ def normal(*shape, seed=0):
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def both(config, head_dim, past_length, group=3, sinks=None, dtype=mx.float32):
-    """The reference's output and the output from the pages, for two KV heads."""
+def both(config, head_dim, past_length, *, sinks=None, dtype=mx.float32, centre=None, recent=1):
+    """The reference's output and the output from the pages, for two KV heads of a group of 3."""
     layout = PageLayout(config, head_dim)
     table = BlockTable(PagePool(layout, 2))
+    shift = 32
+
+    def append(start, count, seed):
+        keys, values = (normal(2, count, head_dim, seed=seed + i) for i in (0, 1))
+        if centre:
+            keys, values = centres.typical(centre, count, start, seed)
+        positions = mx.arange(start, start + count)
+        table.append(codec.encode(keys, values, layout, centre, positions))
+
     table.append(mx.zeros((2, 40, layout.row_bytes), mx.uint8))
-    table.append(codec.encode(*(normal(2, past_length, head_dim, seed=i) for i in (1, 2)), layout))
-    table.evict(32)  # the blocks are not in order any more
-    table.append(codec.encode(*(normal(2, 20, head_dim, seed=i) for i in (3, 4)), layout))
+    append(40, past_length, 1)
+    table.evict(shift)  # the blocks are not in order any more
+    append(40 + past_length, 20, 3)
     past_length = table.num_tokens - 1  # the last token's page is in use, but not its own
-    q = normal(1, 2 * group, 1, head_dim, seed=5).astype(dtype)
-    k, v = (normal(1, 2, 1, head_dim, seed=i).astype(dtype) for i in (6, 7))
-    past = codec.decode(table.read(past_length), layout)
+    q = normal(1, 6, 1, head_dim, seed=5).astype(dtype)
+    k, v = (normal(1, 2, recent, head_dim, seed=i).astype(dtype) for i in (6, 7))
+    pages = table.read(past_length)
+    slots = pages.shape[1] * config.block_size
+    past = codec.decode(pages, layout, centre, mx.arange(shift, shift + slots))
     past = [x.flatten(1, 2)[None, :, :past_length] for x in past]
-    expected = attention.attend(q, k, v, past, scale=0.2, sinks=sinks)
-    got = cpu.attend_token(
-        q, k, v, table.pool.pages, table.blocks, past_length, layout, scale=0.2, sinks=sinks
-    )
+    expected = attention.attend(q, k, v, past, scale=0.2, sinks=sinks, centre=centre)
+    where = table.pool.pages, table.blocks, past_length, layout
+    options = {"scale": 0.2, "sinks": sinks, "centre": centre, "shift": shift}
+    got = cpu.attend_token(q, k, v, *where, **options)
     assert got.dtype == dtype
     return tuple(np.array(x.astype(mx.float32)) for x in (expected, got))
 
@@ -58,3 +70,17 @@ def test_sinks_take_their_share():
 def test_the_output_has_the_queries_dtype(dtype):
     expected, got = both(TurboQuantConfig(4, 4), 64, 50, dtype=dtype)
     assert np.abs(got - expected).max() < 0.03
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("past_length", [30, 2 * cpu.SLICE + 5])
+def test_means_are_added_back(head_dim, past_length):
+    centre = centres.random(2, head_dim, size=1.0)  # flags differ from token to token
+    expected, got = both(TurboQuantConfig(4, 4), head_dim, past_length, centre=centre, recent=9)
+    assert np.abs(got - expected).max() < 3e-5
+
+
+@pytest.mark.parametrize("recent", [1, 2, 32])
+def test_recent_tokens_are_attended_as_they_came(recent):
+    expected, got = both(TurboQuantConfig(4, 4), 64, 50, recent=recent)
+    assert np.abs(got - expected).max() < 1e-5

@@ -1,8 +1,9 @@
-"""Attention over a compressed past and a chunk of new tokens, in plain MLX ops.
+"""Attention over a compressed past and recent tokens as they came, in plain MLX ops.
 
-A query sees the keys and values of its own chunk as they came and everything older from the
-pages. The past is decompressed for one layer at a time and stays rotated: queries and the
-chunk are rotated to meet it, and only the output is rotated back.
+A query sees the keys and values of recent tokens, its own chunk among them, as they came, and
+everything older from the pages. The past is decompressed for one layer at a time and stays
+rotated, its keys smoothed: queries and recent tokens are brought to meet it, and only the output
+is rotated back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from .centre import Centre
 from .rotation import rotate, unrotate
 
 Mask = mx.array | str | None
@@ -25,17 +27,21 @@ def attend(
     scale: float,
     mask: Mask = None,
     sinks: mx.array | None = None,
+    centre: Centre | None = None,
 ) -> mx.array:
-    """Attend from the queries of a chunk to the past and to the chunk.
+    """Attend from the queries of a chunk to the past and to recent tokens.
 
     Args:
         queries: ``(1, num_heads, L, head_dim)``.
-        keys: ``(1, num_kv_heads, L, head_dim)``, as the model made them.
+        keys: ``(1, num_kv_heads, R, head_dim)`` of the ``R >= L`` recent tokens, the chunk last,
+            as the model made them.
         values: the same shape.
-        past: rotated keys and values of ``S`` older tokens, ``(1, num_kv_heads, S, dim)`` each.
+        past: rotated keys, smoothed if there is a centre, and rotated values of ``S`` older
+            tokens, ``(1, num_kv_heads, S, dim)`` each, as ``codec.decode`` gives them.
         scale: factor of the logits.
-        mask: as ``mx.fast.scaled_dot_product_attention`` takes it, over ``S + L`` keys.
+        mask: as ``mx.fast.scaled_dot_product_attention`` takes it, over ``S + R`` keys.
         sinks: a learned logit for each head, ``(num_heads,)``, or None.
+        centre: calibration of the layer, or None.
 
     Returns:
         ``(1, num_heads, L, head_dim)`` in the queries' dtype.
@@ -44,7 +50,9 @@ def attend(
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks
         )
-    dtype = queries.dtype
+    dtype, head_dim = queries.dtype, queries.shape[-1]
+    if centre:
+        queries, keys = centre.unsmooth(queries), keys * centre.smoothing[:, None]
     all_keys, all_values = (
         mx.concatenate([old, rotate(new)], axis=2).astype(dtype)
         for old, new in zip(past, (keys, values), strict=True)
@@ -52,30 +60,33 @@ def attend(
     output = mx.fast.scaled_dot_product_attention(
         rotate(queries).astype(dtype), all_keys, all_values, scale=scale, mask=mask, sinks=sinks
     )
-    return unrotate(output, queries.shape[-1]).astype(dtype)
+    return unrotate(output, head_dim).astype(dtype)
 
 
-def decode_mask(mask: Mask, length: int, past_length: int, raw_window: int) -> mx.array:
+def decode_mask(mask: Mask, length: int, num_tokens: int, recent: int, raw_window: int) -> mx.array:
     """The mask under which a chunk sees exactly what token-by-token decoding would.
 
-    Written for a ``past`` that holds the chunk as well: query i sees the chunk's tokens at a
-    distance below ``raw_window`` as they came, and all others through the pages.
+    Written for a past that holds all tokens, followed by recent tokens as they came: query i
+    sees tokens at a distance below ``raw_window`` as they came, and all others through the pages.
 
     Args:
-        mask: None or "causal", or bool ``(..., L, S + L)`` over the tokens.
+        mask: None or "causal", or bool ``(..., L, num_tokens)``.
         length: L, tokens of the chunk.
-        past_length: S, tokens before the chunk.
-        raw_window: how many tokens of its chunk, itself included, a query sees as they came.
+        num_tokens: tokens in all, the chunk among them.
+        recent: R, how many of the last tokens there are as they came.
+        raw_window: how many tokens, itself included, a query sees as they came, where they are
+            among the recent ones.
 
     Returns:
-        bool ``(..., L, S + 2 * L)``: over S + L tokens in pages, then L as they came.
+        bool ``(..., L, num_tokens + R)``: over all tokens in pages, then R as they came.
     """
-    query = mx.arange(past_length, past_length + length)[:, None]
-    distance = query - mx.arange(past_length + length)
+    tokens = mx.arange(num_tokens)
+    distance = tokens[-length:, None] - tokens
     visible = distance >= 0
     if isinstance(mask, mx.array):
         if mask.dtype != mx.bool_:
             raise ValueError(f"a raw window takes a bool mask, not {mask.dtype}")
         visible = visible & mask
-    raw = (distance < raw_window) & (mx.arange(past_length + length) >= past_length)
-    return mx.concatenate([visible & ~raw, (visible & raw)[..., past_length:]], axis=-1)
+    first = num_tokens - recent
+    raw = (distance < raw_window) & (tokens >= first)
+    return mx.concatenate([visible & ~raw, (visible & raw)[..., first:]], axis=-1)

@@ -54,6 +54,40 @@ class Centre:
         """
         return turn(self.mu[:, None], positions, self.pairs)
 
+    def unsmooth(self, queries: mx.array) -> mx.array:
+        """Queries ``(..., num_heads, L, head_dim)`` divided by their KV head's t."""
+        group = queries.shape[-3] // self.smoothing.shape[0]
+        return queries / mx.repeat(self.smoothing, group, axis=0)[:, None]
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What ``from_arrays`` takes: pairs, mu, smoothing, value_mean."""
+        return mx.array(self.pairs), self.mu, self.smoothing, self.value_mean
+
+    @classmethod
+    def from_arrays(cls, arrays, num_kv_heads: int, head_dim: int) -> Centre:
+        """Rebuild a centre from ``arrays``.
+
+        Raises:
+            ValueError: they are not the centre of such a layer.
+        """
+        pairs, *rest = arrays
+        elements = np.array(pairs)[:, :2].ravel() if pairs.ndim == 2 else np.zeros(0)
+        fits = (
+            pairs.dtype == mx.uint32
+            and pairs.shape == (head_dim // 2, 3)
+            and np.array_equal(np.sort(elements), np.arange(head_dim))
+            and all(x.dtype == mx.float32 and x.shape == (num_kv_heads, head_dim) for x in rest)
+            and all(mx.isfinite(x).all().item() for x in rest)
+            and (rest[1] > 0).all().item()
+        )
+        if not fits:
+            raise ValueError(
+                f"no centre of {num_kv_heads} KV heads with {head_dim} elements: shapes "
+                f"{[x.shape for x in arrays]}, or values out of range"
+            )
+        return cls(np.array(pairs), *rest)
+
     @cached_property
     def without_mu(self) -> Centre:
         """The same with mu = 0: no token that it encodes gets a flag f."""

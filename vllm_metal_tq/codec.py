@@ -8,6 +8,10 @@ a key's is the least-squares one; a value's keeps the vector's norm, because lea
 every value by the same factor and attention would sum those errors coherently.
 
 A zero vector, or one whose scale is below fp16's smallest number, decodes to zeros.
+
+With a ``Centre`` keys are smoothed, and the mean of keys and of values is left out of each vector
+that it makes shorter. The sign bits of the two scales say where: that of the key's is the flag f,
+that of the value's the flag g.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from .centre import Centre
 from .codebook import Gaussian, Uniform, key_codebook, value_codebook
 from .layout import PLANE_BITS, PageLayout
 from .rotation import rotate
@@ -29,13 +34,22 @@ VALUE_STRETCHES = (0.80, 0.88, 0.94, 1.0, 1.06, 1.12, 1.20)
 SLICE = 256  # tokens encoded at a time: trying seven steps takes 70 times the memory of its input
 
 
-def encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
+def encode(
+    keys: mx.array,
+    values: mx.array,
+    layout: PageLayout,
+    centre: Centre | None = None,
+    positions: mx.array | None = None,
+) -> mx.array:
     """Compress the keys and values of some tokens.
 
     Args:
-        keys: ``(..., num_tokens, head_dim)``, any float dtype, after RoPE.
+        keys: ``(..., num_tokens, head_dim)``, any float dtype, after RoPE; with a centre
+            ``(..., num_kv_heads, num_tokens, head_dim)``.
         values: the same shape.
         layout: the page layout; its row is what comes back.
+        centre: calibration of the layer, or None.
+        positions: int32 ``(num_tokens,)``, what RoPE saw; needed with a centre.
 
     Returns:
         uint8 ``(..., num_tokens, row_bytes)``, evaluated slice by slice.
@@ -45,10 +59,11 @@ def encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
             infinite, or too large for an fp16 scale.
     """
     check_shapes(keys, values, layout)
-    slices = range(0, keys.shape[-2], SLICE)
-    rows = [
-        _encode(keys[..., i : i + SLICE, :], values[..., i : i + SLICE, :], layout) for i in slices
-    ]
+    rows = []
+    for i in range(0, keys.shape[-2], SLICE):
+        some = slice(i, i + SLICE)
+        where = positions[some] if centre else None
+        rows.append(_encode(keys[..., some, :], values[..., some, :], layout, centre, where))
     return mx.concatenate(rows, axis=-2)
 
 
@@ -61,10 +76,17 @@ def check_shapes(keys: mx.array, values: mx.array, layout: PageLayout) -> None:
         )
 
 
-def _encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
-    k_codes, k_scale = encode_keys(rotate(keys), layout.config.k_bits)
-    v_codes, v_scale = encode_values(rotate(values), layout.config.v_bits)
+def _encode(keys, values, layout: PageLayout, centre: Centre | None, positions) -> mx.array:
+    short_keys, short_values = keys, values
+    if centre:
+        t, m = centre.smoothing[:, None], centre.value_mean[:, None]
+        short_keys, f = _shorter(keys * t, centre.at(positions) * t)
+        short_values, g = _shorter(values, m)
+    k_codes, k_scale = encode_keys(rotate(short_keys), layout.config.k_bits)
+    v_codes, v_scale = encode_values(rotate(short_values), layout.config.v_bits)
     scales = mx.stack([k_scale, v_scale], axis=-1)
+    if centre:
+        scales = mx.where(mx.stack([f, g], axis=-1), -scales, scales)
     rows = mx.concatenate(
         [
             *_pack(k_codes, layout.config.k_bits),
@@ -80,23 +102,75 @@ def _encode(keys: mx.array, values: mx.array, layout: PageLayout) -> mx.array:
     return rows
 
 
-def decode(pages: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
+def _shorter(x: mx.array, mean: mx.array) -> tuple[mx.array, mx.array]:
+    """Each vector less the mean where that is shorter, and bool ``(...)``: where it is.
+
+    Lengths decide because errors are proportional to them; choosing by the codes' true errors
+    costs a second search and is no better (docs/quality.md).
+    """
+    x = x.astype(mx.float32)
+    rest = x - mean
+    flag = mx.square(rest).sum(axis=-1) < mx.square(x).sum(axis=-1)
+    return mx.where(flag[..., None], rest, x), flag
+
+
+def decode(
+    pages: mx.array,
+    layout: PageLayout,
+    centre: Centre | None = None,
+    positions: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
     """Decompress pages.
 
     Args:
-        pages: uint8 ``(..., page_bytes)``.
+        pages: uint8 ``(..., page_bytes)``; with a centre ``(num_kv_heads, num_pages, page_bytes)``.
         layout: the layout that their rows were encoded with.
+        centre: what they were encoded with; None gives back what is stored, means left out.
+        positions: int32 ``(num_pages * block_size,)``; needed with a centre.
 
     Returns:
-        Keys and values, float32 ``(..., block_size, dim)`` each, still rotated.
+        Keys and values, float32 ``(..., block_size, dim)`` each, still rotated, keys still
+        smoothed.
     """
     *planes, scales = layout.split(pages)
-    scales = scales.view(mx.float16).astype(mx.float32)
+    scales = mx.abs(scales.view(mx.float16).astype(mx.float32))
     k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
     k_planes, v_planes = planes[: len(PLANE_BITS[k_bits])], planes[len(PLANE_BITS[k_bits]) :]
     keys = key_codebook(k_bits).levels(_unpack(k_planes, k_bits)) * scales[..., :1]
     values = value_codebook(v_bits).levels(_unpack(v_planes, v_bits)) * scales[..., 1:]
-    return keys, values
+    if not centre:
+        return keys, values
+    f, g = (flag.flatten(1) for flag in flags(pages, layout))
+    means_added = add_means(keys.flatten(1, 2), values.flatten(1, 2), f, g, centre, positions)
+    return tuple(x.reshape(keys.shape) for x in means_added)
+
+
+def add_means(
+    keys: mx.array, values: mx.array, f: mx.array, g: mx.array, centre: Centre, positions: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Add to stored keys and values the means that were left out where flags say so.
+
+    Args:
+        keys: ``(num_kv_heads, n, dim)``, smoothed and rotated.
+        values: the same shape, rotated.
+        f: bool ``(num_kv_heads, n)``, flags of the keys.
+        g: the same of the values.
+        centre: what they were encoded with.
+        positions: int32 ``(n,)``.
+
+    Returns:
+        Keys and values, float32.
+    """
+    key_means = rotate(centre.at(positions) * centre.smoothing[:, None])
+    value_means = rotate(centre.value_mean)[:, None]
+    keys = keys + mx.where(f[..., None], key_means, 0)
+    return keys, values + mx.where(g[..., None], value_means, 0)
+
+
+def flags(pages: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
+    """The flags f and g of every token: bool ``(..., block_size)`` each. -0.0 has its flag."""
+    signs = layout.split(pages)[-1].view(mx.uint16) >> 15 == 1
+    return signs[..., 0], signs[..., 1]
 
 
 def encode_keys(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:

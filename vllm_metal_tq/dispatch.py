@@ -148,7 +148,7 @@ def attend(
             queries,
             table.pool.pages,
             table.block_table,
-            integers(past_length, past_length + keys.shape[2]),
+            integers(past_length, past_length + keys.shape[2], shift),
             keys,
             values,
             sinks,

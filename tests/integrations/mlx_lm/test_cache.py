@@ -1,6 +1,7 @@
 import copy
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.models.cache as host
 import numpy as np
 import pytest
@@ -11,14 +12,25 @@ from vllm_metal_tq import (
     TurboQuantConfig,
     TurboQuantKVCache,
     make_prompt_cache,
+    rope,
 )
+from vllm_metal_tq.centre import Centre
 from vllm_metal_tq.config import PRESETS
 from vllm_metal_tq.integrations.mlx_lm import hook
+from vllm_metal_tq.tail import TAIL, Tail
 
 
 @pytest.fixture(scope="module")
 def model():
     return llama()
+
+
+@pytest.fixture(scope="module")
+def centre():
+    """Some centre of a layer of the model: right or not, results hold."""
+    mu, m = (0.5 * mx.random.normal((2, 64), key=mx.random.key(i)) for i in (1, 2))
+    t = mx.exp(0.3 * mx.random.normal((2, 32), key=mx.random.key(3)))
+    return Centre(rope.probe(nn.RoPE(64), 64).pairs, mu, mx.concatenate([t, t], axis=1), m)
 
 
 def logits(model, cache, chunks):
@@ -69,17 +81,41 @@ def test_equal_chunks_give_equal_logits_whatever_the_blocks(model):
     assert mx.array_equal(*results)
 
 
-def test_a_raw_window_makes_a_chunk_see_what_single_tokens_would(model):
-    sequence = tokens(40)
-    config = TurboQuantConfig(3, 3)
-    single = logits(model, make_prompt_cache(model, config), chunked(sequence, *[1] * 40))
-    cache = make_prompt_cache(model, config)
+def windowed(model, raw_window, centre=None):
+    cache = make_prompt_cache(model, TurboQuantConfig(3, 3))
     for layer in cache:
-        layer.raw_window = 1
-    at_once = logits(model, cache, chunked(sequence, 15, 25))
+        layer.raw_window, layer.centre = raw_window, centre
+    return cache
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_raw_window_makes_a_chunk_see_what_single_tokens_would(model, centre, centred):
+    sequence = tokens(90)
+    centre = centre if centred else None
+    single = logits(model, windowed(model, None, centre), chunked(sequence, *[1] * 90))
+    at_once = logits(model, windowed(model, TAIL, centre), chunked(sequence, 50, 40))
     assert mx.abs(at_once - single).max().item() < 1e-4
-    plain = logits(model, make_prompt_cache(model, config), chunked(sequence, 15, 25))
+    plain = logits(model, windowed(model, None, centre), chunked(sequence, 50, 40))
     assert mx.abs(plain - single).max().item() > 1e-2
+
+
+def test_a_raw_window_of_one_is_decoding_without_a_tail(model):
+    sequence = tokens(60)
+    at_once = logits(model, windowed(model, 1), chunked(sequence, 35, 25))
+    cache, single = windowed(model, None), []
+    for i in range(60):
+        single.append(model(sequence[:, i : i + 1], cache=cache))
+        for layer in cache:
+            layer.tail = Tail()
+    assert mx.abs(at_once - mx.concatenate(single, axis=1)).max().item() < 1e-4
+
+
+def test_a_few_tokens_at_once_see_the_tail_and_nothing_after_themselves(model):
+    # Eight bits: what differs is only which tokens are read from the tail.
+    sequence, config = tokens(80), TurboQuantConfig(8, 8)
+    single = logits(model, make_prompt_cache(model, config), chunked(sequence, 48, *[1] * 32))
+    few = logits(model, make_prompt_cache(model, config), chunked(sequence, 48, 8, 8, 3, 5, 8))
+    assert mx.abs(few - single).max().item() < 0.02
 
 
 def test_a_long_prompt_in_steps_equals_the_same_chunks(model):
@@ -96,7 +132,10 @@ def test_trimming_goes_back_to_the_earlier_state(model):
     prompt, more = tokens(PROMPT), tokens(10, seed=1)
     cache = make_prompt_cache(model)
     model(prompt, cache=cache)
-    expected = model(tokens(5, seed=2), cache=copy.deepcopy(cache))
+    earlier = copy.deepcopy(cache)
+    for layer in earlier:
+        layer.tail.length -= 10  # slots that the ten tokens take
+    expected = model(tokens(5, seed=2), cache=earlier)
     model(more, cache=cache)
     assert host.can_trim_prompt_cache(cache)
     assert host.trim_prompt_cache(cache, 10) == 10
@@ -169,6 +208,25 @@ class TestMaxKvSize:
         assert cache[0].size() <= 64
         assert cache[0].pool.num_blocks * 16 <= 64 + 256
 
+    @pytest.mark.parametrize("centred", [False, True])
+    def test_the_tail_follows_what_is_dropped(self, model, centre, centred):
+        # With eight bits it does not show whether a token is read from pages or from the tail,
+        # unless it is another token.
+        chunks = chunked(tokens(150), 60, 1, 9, 1, 7, *[1] * 40, 25, 7)
+
+        def run(with_tail):
+            cache = make_prompt_cache(model, TurboQuantConfig(8, 8), max_kv_size=48)
+            for layer in cache:
+                layer.centre = centre if centred else None
+            out = []
+            for chunk in chunks:
+                out.append(model(chunk, cache=cache))
+                for layer in cache:
+                    layer.tail = layer.tail if with_tail else Tail()
+            return mx.concatenate(out, axis=1)
+
+        assert mx.abs(run(True) - run(False)).max().item() < 0.03
+
     def test_below_the_limit_nothing_changes(self, model):
         assert greedy(model, make_prompt_cache(model, max_kv_size=64)) == greedy(
             model, make_prompt_cache(model)
@@ -188,12 +246,14 @@ class TestMaxKvSize:
             make_prompt_cache(model, max_kv_size=max_kv_size)
 
 
-def test_sequences_that_step_together_are_each_attended_as_alone(model):
-    batch = mx.concatenate([tokens(50, seed) for seed in (1, 2, 3)])
-    parts = chunked(batch, 40, 1, 9)
-    together = logits(model, make_prompt_cache(model), parts)
+@pytest.mark.parametrize("centred", [False, True])
+def test_sequences_that_step_together_are_each_attended_as_alone(model, centre, centred):
+    centre = centre if centred else None
+    batch = mx.concatenate([tokens(60, seed) for seed in (1, 2, 3)])
+    parts = chunked(batch, 40, 1, 7, 1, 11)
+    together = logits(model, windowed(model, None, centre), parts)
     for i in range(3):
-        alone = logits(model, make_prompt_cache(model), [part[i : i + 1] for part in parts])
+        alone = logits(model, windowed(model, None, centre), [part[i : i + 1] for part in parts])
         assert mx.abs(together[i] - alone[0]).max().item() < 1e-4
 
 

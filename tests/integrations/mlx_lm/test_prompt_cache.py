@@ -13,6 +13,7 @@ from vllm_metal_tq import (
     save_prompt_cache,
 )
 from vllm_metal_tq.integrations.mlx_lm import report
+from vllm_metal_tq.tail import Tail
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,12 @@ def test_bytes_reported_are_bytes_allocated(model):
     dense = host.make_prompt_cache(model)
     model(tokens(300), cache=dense)
     held = report(cache)
-    assert held.kv_bytes == sum(c.pool.pages.nbytes for c in cache) == 3 * 2 * 512 * 68
+    pages, tails = 3 * 2 * 512 * 68, 3 * 2 * 32 * 2 * 64 * 4  # float32 here
+    assert sum(c.pool.pages.nbytes for c in cache) == pages
+    assert held.kv_bytes == pages + tails
     # mlx_lm's cache has room for as many tokens, in float32 here.
     assert held.kv_bytes_bf16 == sum(c.nbytes for c in dense) / 2
-    assert held.ratio == 256 / 68
+    assert held.ratio == held.kv_bytes_bf16 / held.kv_bytes
     assert (held.layers, held.layers_compressed) == (3, 3)
 
 
@@ -81,9 +84,9 @@ class TestSavedCaches:
             save_prompt_cache(tmp_path / "prompt.cache", make_prompt_cache(model))
 
     def test_scales_that_are_not_finite_are_refused(self, saved):
-        pages, header = saved[1][0].state
+        pages, *rest = saved[1][0].state
         with pytest.raises(ValueError, match="scales that are not finite"):
-            TurboQuantKVCache.from_state((mx.full(pages.shape, 255, mx.uint8), header))
+            TurboQuantKVCache.from_state((mx.full(pages.shape, 255, mx.uint8), *rest))
 
     def test_mlx_lms_own_loader_reads_it(self, model, saved):
         file, cache = saved
@@ -145,10 +148,23 @@ class TestSavedCaches:
             load_prompt_cache(tmp_path / "dense.safetensors", model)
 
     @pytest.mark.parametrize(
-        ("place", "number"), [(0, 2), (1, 7), (3, 24), (4, 72), (5, 3), (8, 41), (8, -1), (-1, 99)]
+        ("place", "number"),
+        [
+            *((0, 1), (1, 7), (3, 24), (4, 72), (5, 3), (8, 41), (8, -1)),
+            *((9, 33), (9, 0), (10, 1), (10, 2), (-1, 99)),
+        ],
     )
     def test_a_header_that_contradicts_its_pages_is_refused(self, model, saved, place, number):
-        pages, header = saved[1][0].state
+        pages, header, *rest = saved[1][0].state
         header[place] = number
         with pytest.raises(ValueError, match=r"unknown|do not fit"):
-            TurboQuantKVCache.from_state((pages, header))
+            TurboQuantKVCache.from_state((pages, header, *rest))
+
+    def test_a_lost_tail_loses_nothing_stored(self, saved):
+        (cache, *_), before = saved[1], saved[1][0].state
+        cache.tail = Tail()
+        pages, header, *rest = cache.state
+        assert rest == []
+        assert mx.array_equal(pages, before[0])
+        assert mx.array_equal(header[:9], before[1][:9])
+        assert TurboQuantKVCache.from_state((pages, header)).size() == cache.size()

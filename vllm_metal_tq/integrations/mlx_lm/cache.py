@@ -6,11 +6,14 @@ import mlx.core as mx
 import mlx_lm.models.cache as host
 
 from ... import attention, dispatch
+from ...centre import Centre, tiled
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
 from ...pages import BlockTable, PagePool
+from ...tail import TAIL, Tail
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+FEW = 8  # tokens of a chunk that decoding kernels take
 
 
 class TurboQuantKVCache(host._BaseCache):
@@ -19,8 +22,10 @@ class TurboQuantKVCache(host._BaseCache):
     It holds one sequence, or a batch of sequences that take every step together: to the pages
     these are one sequence with more KV heads.
 
-    ``update_and_fetch`` stores a chunk and hands it back as it came; the attention that follows
-    (see ``hook``) reads everything older from the pages.
+    ``update_and_fetch`` stores a chunk and hands it back as it came. The attention that follows
+    (see ``hook``) sees recent tokens as they came and everything older through the pages: for a
+    chunk of up to ``FEW`` tokens the last ``TAIL``, the chunk among them; for a longer one the
+    chunk and ``TAIL`` before it.
 
     Args:
         config: widths and block size.
@@ -28,8 +33,10 @@ class TurboQuantKVCache(host._BaseCache):
         num_kv_heads: KV heads of the layer.
         max_kv_size: when more are stored, the oldest blocks but the first are dropped before the
             next chunk. None: no limit.
-        raw_window: for measuring quality. When set, a query sees only the last ``raw_window``
-            tokens of its chunk, itself included, as they came; 1 is decoding token by token.
+        raw_window: for measuring quality. When set, each query sees ``raw_window`` tokens, itself
+            included, as they came, and all others through the pages: with ``TAIL`` what decoding
+            token by token sees, with 1 what it would see without the tail.
+        centre: calibration of the layer, or None.
 
     Attributes:
         offset: tokens seen, which is the position of the next one.
@@ -42,6 +49,7 @@ class TurboQuantKVCache(host._BaseCache):
         num_kv_heads: int,
         max_kv_size: int | None = None,
         raw_window: int | None = None,
+        centre: Centre | None = None,
     ):
         least = 2 * config.block_size
         if max_kv_size is not None and max_kv_size < least:
@@ -49,7 +57,10 @@ class TurboQuantKVCache(host._BaseCache):
         self.config = config
         self.max_kv_size = max_kv_size
         self.raw_window = raw_window
+        self.centre = centre
         self.offset = 0
+        self.tail = Tail()
+        self._before: tuple[mx.array, ...] = ()  # the tail that a long chunk sees before itself
         self.layout = PageLayout(config, head_dim)
         self.pool = PagePool(self.layout, num_kv_heads)
         self.table = BlockTable(self.pool)
@@ -65,19 +76,49 @@ class TurboQuantKVCache(host._BaseCache):
             # The first chunk says how many sequences there are.
             self.pool = PagePool(self.layout, keys.shape[0] * keys.shape[1])
             self.table = BlockTable(self.pool)
+            self.centre = self.centre and tiled(self.centre, keys.shape[0])
         if keys.ndim != 4 or keys.shape[0] * keys.shape[1] != self.pool.num_kv_heads:
             raise ValueError(
                 f"keys {keys.shape} do not fit: (B, num_kv_heads, L, head_dim) with "
                 f"{self.pool.num_kv_heads} KV heads in all is what this cache holds"
             )
-        rows = dispatch.encode(keys.flatten(0, 1), values.flatten(0, 1), self.layout)
+        rows = self._encode(keys.flatten(0, 1), values.flatten(0, 1))
         length = keys.shape[2]
-        self.table.evict(self._excess(length))
-        if self.max_kv_size is not None:
-            self.table.compact()  # gives back what a chunk beyond the limit took
+        self._evict(self._excess(length))
+        start = self.table.num_tokens
+        self._before = self.tail.ordered(start) if self._sees_chunk(length) else ()
         self.table.append(rows)
+        self.tail.push(keys, values, start)
         self.offset += length
         return keys, values
+
+    def _encode(self, keys: mx.array, values: mx.array) -> mx.array:
+        """Rows of the next tokens, ``(num_kv_heads, L, head_dim)`` each."""
+        # The first block of a limited cache keeps its place when others are dropped, so that its
+        # positions are no longer its indices plus a constant: its keys are stored uncentred.
+        fixed = self.config.block_size if self.centre and self.max_kv_size is not None else 0
+        parts, count = [], max(min(fixed - self.offset, keys.shape[1]), 0)
+        for some, centre in (
+            (slice(None, count), self.centre and self.centre.without_mu),
+            (slice(count, None), self.centre),
+        ):
+            if keys[:, some].shape[1]:
+                start = self.offset + (some.start or 0)
+                part = keys[:, some], values[:, some]
+                parts.append(dispatch.encode(*part, self.layout, centre, start))
+        return mx.concatenate(parts, axis=1) if parts[1:] else parts[0]
+
+    def _evict(self, count: int) -> None:
+        before = self.table.num_tokens
+        self.table.evict(count)
+        if dropped := before - self.table.num_tokens:
+            self.tail.shift(dropped, self.table.num_tokens - self.config.block_size)
+        if self.max_kv_size is not None:
+            self.table.compact()  # gives back what a chunk beyond the limit took
+
+    def _sees_chunk(self, length: int) -> bool:
+        """Whether a chunk sees all of itself and the tail before it, not the last tokens alone."""
+        return length > FEW or self.raw_window is not None
 
     def attend(
         self,
@@ -89,11 +130,18 @@ class TurboQuantKVCache(host._BaseCache):
         sinks: mx.array | None,
     ) -> mx.array:
         """Attend from a chunk that was just stored; see ``dispatch.attend``."""
-        length = keys.shape[2]
-        past_length = self.table.num_tokens - length
+        length, num_tokens = keys.shape[2], self.table.num_tokens
+        recent = keys, values
+        if not self._sees_chunk(length):
+            recent = self.tail.ordered(num_tokens)
+        elif self._before:
+            recent = [mx.concatenate(x, axis=2) for x in zip(self._before, recent, strict=True)]
+        self._before = ()
+        keys, values = recent
+        past_length = num_tokens - keys.shape[2]
         if self.raw_window is not None:
-            mask = attention.decode_mask(mask, length, past_length, self.raw_window)
-            past_length += length
+            mask = attention.decode_mask(mask, length, num_tokens, keys.shape[2], self.raw_window)
+            past_length = num_tokens
         shape, batch = queries.shape, queries.shape[0]
         if batch > 1:
             if isinstance(mask, mx.array) and mask.ndim == 4:
@@ -101,7 +149,16 @@ class TurboQuantKVCache(host._BaseCache):
             sinks = None if sinks is None else mx.tile(sinks, batch)
             queries, keys, values = (x.flatten(0, 1)[None] for x in (queries, keys, values))
         return dispatch.attend(
-            queries, keys, values, self.table, past_length, scale=scale, mask=mask, sinks=sinks
+            queries,
+            keys,
+            values,
+            self.table,
+            past_length,
+            scale=scale,
+            mask=mask,
+            sinks=sinks,
+            centre=self.centre,
+            shift=self.offset - num_tokens,
         ).reshape(shape)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
@@ -133,6 +190,7 @@ class TurboQuantKVCache(host._BaseCache):
         """Forget the last ``n`` tokens, or all where there are fewer; returns how many."""
         n = max(min(self.table.num_tokens, n), 0)
         self.table.trim(n)
+        self.tail.trim(n)
         self.offset -= n
         return n
 
@@ -146,8 +204,8 @@ class TurboQuantKVCache(host._BaseCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.pool.pages.nbytes
+        """Bytes allocated, the tail's included."""
+        return self.pool.pages.nbytes + self.tail.nbytes
 
     @property
     def nbytes_bf16(self) -> int:
@@ -155,8 +213,11 @@ class TurboQuantKVCache(host._BaseCache):
         return self.pool.num_blocks * self.pool.num_kv_heads * self.layout.bf16_page_bytes
 
     @property
-    def state(self) -> tuple[mx.array, mx.array]:
-        """The pages, and one int32 array of everything else."""
+    def state(self) -> tuple[mx.array, ...]:
+        """The pages, one int32 array of numbers, the tail's two arrays, the centre's four.
+
+        The last two parts are there where the cache has them.
+        """
         header = [
             STATE_VERSION,
             self.config.k_bits,
@@ -167,15 +228,19 @@ class TurboQuantKVCache(host._BaseCache):
             self.max_kv_size or 0,
             self.offset,
             self.table.num_tokens,
+            self.tail.length,
+            int(self.centre is not None),
         ]
         # An empty array cannot be saved, so an empty pool passes for one free block.
         pages = self.pool.pages
         if not self.pool.num_blocks:
             pages = mx.zeros((1, *pages.shape[1:]), mx.uint8)
-        return pages, mx.array(header + self.table.blocks, mx.int32)
+        tail = self.tail.arrays if self.tail.length else ()
+        centre = self.centre.arrays if self.centre else ()
+        return pages, mx.array(header + self.table.blocks, mx.int32), *tail, *centre
 
     @state.setter
-    def state(self, state: tuple[mx.array, mx.array]) -> None:
+    def state(self, state: tuple[mx.array, ...]) -> None:
         self.__dict__.update(vars(self.from_state(state)))
 
     @classmethod
@@ -185,26 +250,35 @@ class TurboQuantKVCache(host._BaseCache):
         Raises:
             ValueError: ``state`` is of another version, or its parts contradict each other.
         """
-        pages, header = state
+        pages, header, *rest = state
         version, *numbers = header.tolist()
         if version != STATE_VERSION:
             raise ValueError(f"state version {version} is unknown: {STATE_VERSION} can be read")
         k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, offset, count = numbers[:8]
+        tail_length, centred, *blocks = numbers[8:]
         config = TurboQuantConfig(k_bits, v_bits, block_size)
         cache = cls(config, head_dim, num_kv_heads, max_kv_size or None)
-        blocks = numbers[8:]
+        tail = rest[: 2 if tail_length else 0]
         fits = (
             pages.dtype == mx.uint8
             and pages.shape[1:] == cache.pool.pages.shape[1:]
             and len(set(blocks)) == len(blocks) == -(-count // block_size)
             and all(0 <= block < pages.shape[0] for block in blocks)
             and 0 <= count <= offset
+            and 0 <= tail_length <= min(count, TAIL)
+            and centred in (0, 1)
+            and len(rest) == (2 if tail_length else 0) + 4 * centred
+            and all(x.flatten(0, 1).shape == (num_kv_heads, TAIL, head_dim) for x in tail)
         )
         if not fits:
             raise ValueError(f"pages {pages.shape} do not fit their header {header.tolist()}")
         scales = cache.layout.split(pages)[-1].view(mx.float16)
         if not mx.isfinite(scales).all().item():
             raise ValueError("pages hold scales that are not finite")
+        if centred:
+            cache.centre = Centre.from_arrays(rest[-4:], num_kv_heads, head_dim)
+        if tail:
+            cache.tail.arrays, cache.tail.length = tuple(tail), tail_length
         cache.pool.adopt(pages, blocks)
         cache.table.hold(blocks, count)
         cache.offset = offset
