@@ -7,14 +7,14 @@ from vllm_metal_tq.tail import TAIL, Tail
 
 def numbered(start, count):
     """Keys and values of one KV head whose elements are the token's number, and its negative."""
-    keys = mx.arange(start, start + count, dtype=mx.float32)[None, None, :, None]
+    keys = mx.arange(start, start + count, dtype=mx.float32)[None, :, None]
     return keys, -keys
 
 
 def held(tail, num_tokens):
     if not tail.length:
         return []
-    keys, values = (np.array(x)[0, 0, :, 0] for x in tail.ordered(num_tokens))
+    keys, values = (np.array(x)[0, :, 0] for x in tail.ordered(num_tokens))
     assert np.array_equal(keys, -values)
     return keys.tolist()
 
@@ -26,7 +26,7 @@ def test_it_holds_the_last_tokens_in_order(lengths):
         tail.push(*numbered(end, length), end)
         end += length
     assert held(tail, end) == list(range(max(end - TAIL, 0), end))
-    slots = np.array(tail.arrays[0])[0, 0, :, 0]
+    slots = np.array(tail.arrays[0])[0, :, 0]
     assert all(slots[i % TAIL] == i for i in range(max(end - TAIL, 0), end))
 
 

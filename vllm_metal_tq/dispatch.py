@@ -20,7 +20,8 @@ from .kernels import gather as gather_kernel
 from .kernels.launch import Executor, integers, on_gpu
 from .kernels.selfcheck import check
 from .layout import PageLayout
-from .pages import BlockTable
+from .pages import BlockTable, places, scatter
+from .tail import Tail, pushed, sources
 
 
 @lru_cache
@@ -42,57 +43,103 @@ def executor(layout: PageLayout) -> Executor | None:
     return None
 
 
-def encode(
+def store(
     keys: mx.array,
     values: mx.array,
-    layout: PageLayout,
+    table: BlockTable,
+    tail: Tail,
+    *,
     centre: Centre | None = None,
-    start: int = 0,
-) -> mx.array:
-    """Compress keys and values of new tokens, ``(num_kv_heads, num_tokens, head_dim)`` each.
+    position: int = 0,
+    uncentred: int = 0,
+    make_room: Callable[[], None] = lambda: None,
+) -> None:
+    """Store new tokens: compressed in pages, and the last of them as they came in the tail.
 
     Args:
-        keys: after RoPE.
+        keys: ``(num_kv_heads, L, head_dim)``, after RoPE.
         values: the same shape.
-        layout: the page layout.
+        table: the pages of the sequence.
+        tail: the tail of the sequence.
         centre: calibration of the layer, or None.
-        start: position of the first token.
-
-    Returns:
-        uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
+        position: position of the first new token.
+        uncentred: how many of them, the first ones, get no flag f.
+        make_room: called once the tokens are known to be good, before anything is stored.
 
     Raises:
         ValueError: the shapes do not fit; or, from the reference alone, an element cannot be
-            encoded. The kernel does not wait to find out: such a vector becomes NaN, and shows
-            in what is attended.
+            encoded. Nothing is stored then. The kernel does not wait to find out: such a vector
+            becomes NaN, and shows in what is attended.
     """
+    pool, layout, length = table.pool, table.pool.layout, keys.shape[1]
     codec.check_shapes(keys, values, layout)
     execute = executor(layout) if centre is None else None
     if execute is None:
-        positions = mx.arange(start, start + keys.shape[1]) if centre else None
-        return codec.encode(keys, values, layout, centre, positions)
-    return _compiled_encode(layout, execute)(keys, values)
+        rows = _encode(keys, values, layout, centre, position, uncentred)
+        make_room()
+        tail.push(keys, values, table.num_tokens)
+        table.append(rows)
+        return
+    make_room()
+    tail.prepare(keys, values)
+    source = sources(table.num_tokens, length)
+    where = places(table.extend(length), pool.num_kv_heads, layout)
+    pool.pages, *arrays = _compiled_store(layout, execute)(
+        keys, values, pool.pages, *tail.arrays, source, *where
+    )
+    tail.hold(tuple(arrays), length)
 
 
+def _encode(
+    keys: mx.array,
+    values: mx.array,
+    layout: PageLayout,
+    centre: Centre | None,
+    position: int,
+    uncentred: int,
+) -> mx.array:
+    """Rows of new tokens by plain MLX operations."""
+    if centre is None:
+        return codec.encode(keys, values, layout)
+    rows, positions = [], mx.arange(position, position + keys.shape[1])
+    for some, its_centre in (
+        (slice(None, uncentred), centre.without_mu),
+        (slice(uncentred, None), centre),
+    ):
+        if keys[:, some].shape[1]:
+            part = keys[:, some], values[:, some]
+            rows.append(codec.encode(*part, layout, its_centre, positions[some]))
+    return mx.concatenate(rows, axis=1)
+
+
+# Compiled, a call costs the host a fraction: a kernel's source is put together once.
 @lru_cache
-def _compiled_encode(layout: PageLayout, execute: Executor) -> Callable[..., mx.array]:
-    # Compiled, a call costs the host a fraction: the kernel's source is put together once.
-    return mx.compile(lambda *chunk: encode_kernel.encode(*chunk, layout, execute))
+def _compiled_store(layout: PageLayout, execute: Executor) -> Callable[..., tuple[mx.array, ...]]:
+    def store(keys, values, pages, tail_keys, tail_values, source, *where):
+        rows = encode_kernel.encode(keys, values, layout, execute)
+        return (
+            scatter(pages, rows, *where),
+            pushed(tail_keys, keys, source),
+            pushed(tail_values, values, source),
+        )
+
+    return mx.compile(store)
 
 
 @lru_cache
 def _compiled_decode(
-    layout: PageLayout, options: decode_kernel.Options, max_tokens: int, execute: Executor
+    layout: PageLayout, scale: float, max_tokens: int, execute: Executor
 ) -> Callable[..., mx.array]:
-    def decode(queries, pages, block_table, lengths, keys, values, sinks):
+    def decode(queries, pages, block_table, lengths, tail_keys, tail_values, sinks):
+        tail = tail_keys, tail_values
         return decode_kernel.decode(
             queries,
             pages,
             block_table,
             lengths,
             layout,
-            options,
-            tail=tuple(_ring(x.astype(queries.dtype), lengths[0]) for x in (keys, values)),
+            decode_kernel.Options(scale),
+            tail=tuple(x[None].astype(queries.dtype) for x in tail),
             sinks=sinks,
             max_tokens=max_tokens,
             execute=execute,
@@ -101,10 +148,44 @@ def _compiled_decode(
     return mx.compile(decode)
 
 
-def _ring(chunk: mx.array, first: mx.array) -> mx.array:
-    """A chunk's tokens in the slots of a ring; ``first`` is the index of the first of them."""
-    tokens = (mx.arange(decode_kernel.TAIL) - first) % decode_kernel.TAIL
-    return chunk[:, :, mx.minimum(tokens, chunk.shape[2] - 1)]
+def attend_last(
+    queries: mx.array,
+    table: BlockTable,
+    tail: Tail,
+    *,
+    scale: float,
+    mask: attention.Mask = None,
+    sinks: mx.array | None = None,
+    centre: Centre | None = None,
+    shift: int = 0,
+) -> mx.array:
+    """Attend from the last few tokens of a sequence, which are stored already.
+
+    The tokens of the tail are seen as they came, everything older through the pages. Arguments
+    and result are those of ``attend``.
+    """
+    layout, rows = table.pool.layout, queries.shape[2]
+    past_length = table.num_tokens - tail.length
+    execute = executor(layout) if centre is None else None
+    if past_length and execute and _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS:
+        # A power of two, so that a growing context seldom asks for another compiled function.
+        max_tokens = 1 << (past_length - 1).bit_length()
+        return _compiled_decode(layout, scale, max_tokens, execute)(
+            queries,
+            table.pool.pages,
+            table.block_table,
+            integers(past_length, table.num_tokens, shift),
+            *tail.arrays,
+            sinks,
+        )
+    keys, values = (x[None] for x in tail.ordered(table.num_tokens))
+    options = {"scale": scale, "mask": mask, "sinks": sinks, "centre": centre, "shift": shift}
+    return attend(queries, keys, values, table, past_length, **options)
+
+
+def _in_order(mask: attention.Mask, rows: int) -> bool:
+    """Whether each row sees all tokens before itself."""
+    return mask == "causal" if isinstance(mask, str) else mask is None and rows == 1
 
 
 def attend(
@@ -140,20 +221,7 @@ def attend(
     """
     layout, rows = table.pool.layout, queries.shape[2]
     execute = executor(layout) if centre is None else None
-    in_order = mask == "causal" if isinstance(mask, str) else mask is None and rows == 1
-    if past_length and execute and in_order and rows <= decode_kernel.MAX_ROWS:
-        # A power of two, so that a growing context seldom asks for another compiled function.
-        max_tokens = 1 << (past_length - 1).bit_length()
-        return _compiled_decode(layout, decode_kernel.Options(scale), max_tokens, execute)(
-            queries,
-            table.pool.pages,
-            table.block_table,
-            integers(past_length, past_length + keys.shape[2], shift),
-            keys,
-            values,
-            sinks,
-        )
-    if past_length and not execute and in_order and rows == 1:
+    if past_length and not execute and rows == 1 and _in_order(mask, rows):
         return cpu.attend_token(
             queries,
             keys,

@@ -55,6 +55,13 @@ class PageLayout:
         rotated_dim(self.head_dim)  # refuses what cannot be rotated
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.config, self.head_dim))
+
+    def __hash__(self):
+        return self._hash  # computed once, because every layer of every step looks layouts up
+
+    @cached_property
     def dim(self) -> int:
         """Elements of a rotated key or value."""
         return rotated_dim(self.head_dim)

@@ -14,20 +14,23 @@ GROWTH_TOKENS = 256  # as mlx_lm's caches grow
 
 
 @lru_cache(maxsize=2)
-def _places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
+def places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
     """Block, head and offset of every byte of some rows. Layers share them: hence the cache."""
     block, place = np.divmod(np.array(slots, np.uint32), layout.config.block_size)
     heads = np.arange(num_kv_heads, dtype=np.uint32)
-    places = [block[:, None], heads[:, None, None], layout.byte_offsets[place]]
+    parts = [block[:, None], heads[:, None, None], layout.byte_offsets[place]]
     # Of one dtype and shape: otherwise MLX would convert them anew in every layer.
     shape = (num_kv_heads, len(slots), layout.row_bytes)
-    return tuple(mx.broadcast_to(mx.array(x), shape) for x in places)
+    return tuple(mx.broadcast_to(mx.array(x), shape) for x in parts)
 
 
-@mx.compile  # for the host's sake: looking at indices in Python takes longer than the launch
-def _scatter(pages: mx.array, rows: mx.array, *places: mx.array) -> mx.array:
-    pages[places] = rows
+def scatter(pages: mx.array, rows: mx.array, *where: mx.array) -> mx.array:
+    """Pages with rows in their ``places``: in place where nobody else holds ``pages``."""
+    pages[where] = rows
     return pages
+
+
+_scatter = mx.compile(scatter)  # looking at indices in Python takes longer than the launch
 
 
 class PagePool:
@@ -81,8 +84,8 @@ class PagePool:
             slot_mapping: for each token, block * block_size + place in the block.
             rows: uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
         """
-        places = _places(tuple(slot_mapping), self.num_kv_heads, self.layout)
-        self.pages = _scatter(self.pages, rows, *places)
+        where = places(tuple(slot_mapping), self.num_kv_heads, self.layout)
+        self.pages = _scatter(self.pages, rows, *where)
 
     def read(self, blocks: list[int]) -> mx.array:
         """Gather the pages of ``blocks``: uint8 ``(num_kv_heads, len(blocks), page_bytes)``."""
@@ -124,14 +127,17 @@ class BlockTable:
 
     def append(self, rows: mx.array) -> None:
         """Store the rows of new tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
-        size, start, end = self._block_size, self.num_tokens, self.num_tokens + rows.shape[1]
+        self.pool.write(self.extend(rows.shape[1]), rows)
+
+    def extend(self, count: int) -> tuple[int, ...]:
+        """Make room for ``count`` more tokens; returns their slot mapping."""
+        size, start, end = self._block_size, self.num_tokens, self.num_tokens + count
         missing = -(-end // size) - len(self.blocks)
         if missing:
             self.blocks += self.pool.allocate(missing)
             self._block_table = None
-        slots = [self.blocks[i // size] * size + i % size for i in range(start, end)]
-        self.pool.write(slots, rows)
         self.num_tokens = end
+        return tuple(self.blocks[i // size] * size + i % size for i in range(start, end))
 
     def read(self, num_tokens: int) -> mx.array:
         """Pages that hold the first tokens: uint8 ``(num_kv_heads, num_pages, page_bytes)``."""

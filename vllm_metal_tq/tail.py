@@ -5,6 +5,8 @@ Pages always hold every token, so the ring may be dropped at any time: nothing s
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import numpy as np
 
@@ -15,7 +17,7 @@ class Tail:
     """A ring of keys and values; the token of sequence index i lies in slot i mod ``TAIL``.
 
     Attributes:
-        arrays: keys and values, ``(B, num_kv_heads, TAIL, head_dim)`` each in the model's dtype,
+        arrays: keys and values, ``(num_kv_heads, TAIL, head_dim)`` each in the model's dtype,
             or None while there are none.
         length: how many of the sequence's last tokens the ring holds.
     """
@@ -30,24 +32,26 @@ class Tail:
         return sum(x.nbytes for x in self.arrays) if self.arrays else 0
 
     def push(self, keys: mx.array, values: mx.array, start: int) -> None:
-        """Take up new tokens, ``(B, num_kv_heads, L, head_dim)``, from sequence index ``start``."""
-        shape, length = (*keys.shape[:2], TAIL, keys.shape[3]), keys.shape[2]
-        old = self.arrays or (mx.zeros(shape, keys.dtype), mx.zeros(shape, values.dtype))
-        last = min(length, TAIL)
-        # Which of the old slots, then the new tokens, goes to each slot.
-        source = np.arange(TAIL, dtype=np.uint32)
-        source[np.arange(start + length - last, start + length) % TAIL] = TAIL + np.arange(last)
-        source = mx.array(source)
-        self.arrays = tuple(
-            mx.take(mx.concatenate([ring, new[:, :, length - last :]], axis=2), source, axis=2)
-            for ring, new in zip(old, (keys, values), strict=True)
-        )
-        self.length = min(self.length + length, TAIL)
+        """Take up new tokens, ``(num_kv_heads, L, head_dim)``, from sequence index ``start``."""
+        new = keys, values
+        self.prepare(*new)
+        source = sources(start, keys.shape[1])
+        self.hold(tuple(map(pushed, self.arrays, new, [source] * 2)), keys.shape[1])
+
+    def prepare(self, keys: mx.array, values: mx.array) -> None:
+        """Allocate arrays that fit new tokens, where there are none."""
+        if self.arrays is None:
+            shape = (keys.shape[0], TAIL, keys.shape[2])
+            self.arrays = mx.zeros(shape, keys.dtype), mx.zeros(shape, values.dtype)
+
+    def hold(self, arrays: tuple[mx.array, mx.array], new: int) -> None:
+        """Take over arrays to which ``new`` tokens were added."""
+        self.arrays, self.length = arrays, min(self.length + new, TAIL)
 
     def ordered(self, num_tokens: int) -> tuple[mx.array, ...]:
         """Keys and values of the last ``length`` of ``num_tokens`` tokens, oldest first."""
         slots = mx.array(np.arange(num_tokens - self.length, num_tokens, dtype=np.uint32) % TAIL)
-        return tuple(mx.take(x, slots, axis=2) for x in self.arrays or ())
+        return tuple(mx.take(x, slots, axis=1) for x in self.arrays or ())
 
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens."""
@@ -62,4 +66,19 @@ class Tail:
         """
         self.length = min(self.length, remaining)
         if self.arrays and count % TAIL:
-            self.arrays = tuple(mx.roll(x, -count, axis=2) for x in self.arrays)
+            self.arrays = tuple(mx.roll(x, -count, axis=1) for x in self.arrays)
+
+
+def pushed(ring: mx.array, new: mx.array, source: mx.array) -> mx.array:
+    """A ring ``(num_kv_heads, TAIL, head_dim)`` with the last of some new tokens in their slots."""
+    new = new[:, max(new.shape[1] - TAIL, 0) :]
+    return mx.take(mx.concatenate([ring, new.astype(ring.dtype)], axis=1), source, axis=1)
+
+
+@lru_cache(maxsize=64)
+def sources(start: int, length: int) -> mx.array:
+    """Which of the old slots, then the new tokens, goes to each slot: uint32 ``(TAIL,)``."""
+    last = min(length, TAIL)
+    source = np.arange(TAIL, dtype=np.uint32)
+    source[np.arange(start + length - last, start + length) % TAIL] = TAIL + np.arange(last)
+    return mx.array(source)

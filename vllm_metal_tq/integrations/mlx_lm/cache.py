@@ -82,39 +82,35 @@ class TurboQuantKVCache(host._BaseCache):
                 f"keys {keys.shape} do not fit: (B, num_kv_heads, L, head_dim) with "
                 f"{self.pool.num_kv_heads} KV heads in all is what this cache holds"
             )
-        rows = self._encode(keys.flatten(0, 1), values.flatten(0, 1))
         length = keys.shape[2]
-        self._evict(self._excess(length))
-        start = self.table.num_tokens
-        self._before = self.tail.ordered(start) if self._sees_chunk(length) else ()
-        self.table.append(rows)
-        self.tail.push(keys, values, start)
+        # The first block of a limited cache keeps its place when others are dropped, so that its
+        # positions are no longer its indices plus a constant: its keys are stored uncentred.
+        fixed = 0 if self.max_kv_size is None else self.config.block_size
+        dispatch.store(
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            self.table,
+            self.tail,
+            centre=self.centre,
+            position=self.offset,
+            uncentred=max(min(fixed - self.offset, length), 0),
+            make_room=lambda: self._make_room(length),
+        )
         self.offset += length
         return keys, values
 
-    def _encode(self, keys: mx.array, values: mx.array) -> mx.array:
-        """Rows of the next tokens, ``(num_kv_heads, L, head_dim)`` each."""
-        # The first block of a limited cache keeps its place when others are dropped, so that its
-        # positions are no longer its indices plus a constant: its keys are stored uncentred.
-        fixed = self.config.block_size if self.centre and self.max_kv_size is not None else 0
-        parts, count = [], max(min(fixed - self.offset, keys.shape[1]), 0)
-        for some, centre in (
-            (slice(None, count), self.centre and self.centre.without_mu),
-            (slice(count, None), self.centre),
-        ):
-            if keys[:, some].shape[1]:
-                start = self.offset + (some.start or 0)
-                part = keys[:, some], values[:, some]
-                parts.append(dispatch.encode(*part, self.layout, centre, start))
-        return mx.concatenate(parts, axis=1) if parts[1:] else parts[0]
+    def _make_room(self, length: int) -> None:
+        if self.max_kv_size is not None:
+            self._evict(self._excess(length))
+        before = self._sees_chunk(length)
+        self._before = self.tail.ordered(self.table.num_tokens) if before else ()
 
     def _evict(self, count: int) -> None:
         before = self.table.num_tokens
         self.table.evict(count)
         if dropped := before - self.table.num_tokens:
             self.tail.shift(dropped, self.table.num_tokens - self.config.block_size)
-        if self.max_kv_size is not None:
-            self.table.compact()  # gives back what a chunk beyond the limit took
+        self.table.compact()  # gives back what a chunk beyond the limit took
 
     def _sees_chunk(self, length: int) -> bool:
         """Whether a chunk sees all of itself and the tail before it, not the last tokens alone."""
@@ -130,36 +126,37 @@ class TurboQuantKVCache(host._BaseCache):
         sinks: mx.array | None,
     ) -> mx.array:
         """Attend from a chunk that was just stored; see ``dispatch.attend``."""
-        length, num_tokens = keys.shape[2], self.table.num_tokens
-        recent = keys, values
-        if not self._sees_chunk(length):
-            recent = self.tail.ordered(num_tokens)
-        elif self._before:
-            recent = [mx.concatenate(x, axis=2) for x in zip(self._before, recent, strict=True)]
-        self._before = ()
-        keys, values = recent
-        past_length = num_tokens - keys.shape[2]
-        if self.raw_window is not None:
-            mask = attention.decode_mask(mask, length, num_tokens, keys.shape[2], self.raw_window)
-            past_length = num_tokens
-        shape, batch = queries.shape, queries.shape[0]
+        shape, batch, length = queries.shape, queries.shape[0], keys.shape[2]
         if batch > 1:
             if isinstance(mask, mx.array) and mask.ndim == 4:
                 mask = mx.broadcast_to(mask, (*shape[:2], *mask.shape[2:])).flatten(0, 1)[None]
             sinks = None if sinks is None else mx.tile(sinks, batch)
             queries, keys, values = (x.flatten(0, 1)[None] for x in (queries, keys, values))
-        return dispatch.attend(
-            queries,
-            keys,
-            values,
-            self.table,
-            past_length,
-            scale=scale,
-            mask=mask,
-            sinks=sinks,
-            centre=self.centre,
-            shift=self.offset - num_tokens,
-        ).reshape(shape)
+        options = {
+            "scale": scale,
+            "sinks": sinks,
+            "centre": self.centre,
+            "shift": self.offset - self.table.num_tokens,
+        }
+        if self._sees_chunk(length):
+            attended = self._attend_chunk(queries, keys, values, mask, options)
+        else:
+            attended = dispatch.attend_last(queries, self.table, self.tail, mask=mask, **options)
+        return attended.reshape(shape) if batch > 1 else attended
+
+    def _attend_chunk(self, queries, keys, values, mask: attention.Mask, options: dict) -> mx.array:
+        """Attend from a chunk that sees all of itself, and the tail before it, as they came."""
+        length, num_tokens = keys.shape[2], self.table.num_tokens
+        if self._before:
+            before = (x[None] for x in self._before)
+            recent = zip(before, (keys, values), strict=True)
+            keys, values = (mx.concatenate(x, axis=2) for x in recent)
+        self._before = ()
+        past_length = num_tokens - keys.shape[2]
+        if self.raw_window is not None:
+            mask = attention.decode_mask(mask, length, num_tokens, keys.shape[2], self.raw_window)
+            past_length = num_tokens
+        return dispatch.attend(queries, keys, values, self.table, past_length, mask=mask, **options)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""
@@ -268,7 +265,7 @@ class TurboQuantKVCache(host._BaseCache):
             and 0 <= tail_length <= min(count, TAIL)
             and centred in (0, 1)
             and len(rest) == (2 if tail_length else 0) + 4 * centred
-            and all(x.flatten(0, 1).shape == (num_kv_heads, TAIL, head_dim) for x in tail)
+            and all(x.shape == (num_kv_heads, TAIL, head_dim) for x in tail)
         )
         if not fits:
             raise ValueError(f"pages {pages.shape} do not fit their header {header.tolist()}")
