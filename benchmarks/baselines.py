@@ -52,11 +52,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to compress a cache: a name for tables, and its two sides."""
+    """A way to compress a cache: whose it is, its widths for tables, and its two sides."""
 
-    name: str
+    family: str
+    widths: str
     keys: Side
     values: Side
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        return f"{self.family} {self.widths}"
 
     def bits(self, head_dim: int, context: int) -> float:
         """Bits of an element of K or V at a context of that many tokens, all overhead included."""
@@ -254,7 +260,8 @@ def vllm_metal(k_bits: int, v_bits: int) -> Scheme:
     documentation speaks of rotated keys; its code does not rotate them.
     """
     return Scheme(
-        f"vllm-metal q{k_bits}_0/q{v_bits}_0",
+        "vllm-metal",
+        f"q{k_bits}_0/q{v_bits}_0",
         _grouped(lambda x: affine(x, k_bits, 32), k_bits, 32, 2),
         _grouped(rotated(lambda x: lloyd_max(x, v_bits, 32)), v_bits, 32, 1),
     )
@@ -263,7 +270,8 @@ def vllm_metal(k_bits: int, v_bits: int) -> Scheme:
 def mlx_lm(k_bits: int, v_bits: int, group: int = 64) -> Scheme:
     """mlx_lm's QuantizedKVCache: affine in groups of 64, a scale and a bias each."""
     return Scheme(
-        f"mlx_lm affine {k_bits}/{v_bits}",
+        "mlx_lm affine",
+        f"{k_bits}/{v_bits}",
         _grouped(lambda x: mlx_affine(x, k_bits, group), k_bits, group, 2),
         _grouped(lambda x: mlx_affine(x, v_bits, group), v_bits, group, 2),
     )
@@ -272,7 +280,8 @@ def mlx_lm(k_bits: int, v_bits: int, group: int = 64) -> Scheme:
 def hadamard(k_bits: int, v_bits: int) -> Scheme:
     """A Hadamard transform and uniform codes, one scale for a head vector."""
     return Scheme(
-        f"Hadamard uniform {k_bits}/{v_bits}",
+        "Hadamard uniform",
+        f"{k_bits}/{v_bits}",
         _side(rotated(lambda x: uniform(x, k_bits)), k_bits, SCALE_BITS),
         _side(rotated(lambda x: uniform(x, v_bits)), v_bits, SCALE_BITS),
     )
@@ -284,7 +293,8 @@ def kivi(k_bits: int, v_bits: int, window: int = 128) -> Scheme:
     The window of keys is quantised as a whole when it is full, that of values slides.
     """
     return Scheme(
-        f"KIVI {k_bits}/{v_bits} R={window}",
+        f"KIVI R={window}",
+        f"{k_bits}/{v_bits}",
         _grouped(lambda x: per_channel(x, k_bits), k_bits, 32, 2, window=window, flush=True),
         _grouped(lambda x: affine(x, v_bits, 32), v_bits, 32, 2, window=window),
     )
@@ -299,7 +309,7 @@ def outlier_channels(k_bits: int, v_bits: int, share: float = 19 / 128) -> Schem
 
     values = _side(rotated(lambda x: uniform(x, v_bits)), v_bits, SCALE_BITS)
     keys = Side(lambda x: outliers(x, k_bits, share), key_bits)
-    return Scheme(f"outlier channels {k_bits}/{v_bits}", keys, values)
+    return Scheme("outlier channels", f"{k_bits}/{v_bits}", keys, values)
 
 
 def turboquant_qjl(k_bits: int, v_bits: int) -> Scheme:
@@ -309,7 +319,8 @@ def turboquant_qjl(k_bits: int, v_bits: int) -> Scheme:
         return lloyd_max(x, v_bits, x.shape[-1])
 
     return Scheme(
-        f"QJL {k_bits - 1}+1/{v_bits}",
+        "QJL",
+        f"{k_bits - 1}+1/{v_bits}",
         _side(rotated(lambda x: qjl(x, k_bits)), k_bits, 2 * SCALE_BITS),
         _side(rotated(quantise_values), v_bits, SCALE_BITS),
     )
@@ -318,7 +329,7 @@ def turboquant_qjl(k_bits: int, v_bits: int) -> Scheme:
 def with_tail(scheme: Scheme, tokens: int = 32) -> Scheme:
     """``scheme`` with as many recent tokens kept as they came."""
     keys, values = (replace(side, window=tokens) for side in (scheme.keys, scheme.values))
-    return Scheme(f"{scheme.name} + tail {tokens}", keys, values)
+    return Scheme(f"{scheme.family} + tail {tokens}", scheme.widths, keys, values)
 
 
 _SAME = tuple((bits, bits) for bits in (2, 3, 4, 5, 6, 8))

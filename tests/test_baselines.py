@@ -168,7 +168,7 @@ def expected(queries, keys, values, scheme, kept):
 )
 def test_a_chunk_attends_as_token_by_token_decoding(window, kept):
     scheme = Scheme(
-        "test", Side(halves(0.5), lambda _: 1, *window), Side(halves(0.25), lambda _: 1)
+        "test", "", Side(halves(0.5), lambda _: 1, *window), Side(halves(0.25), lambda _: 1)
     )
     queries, keys, values = normal(1, 4, 70, 16), normal(1, 2, 70, 16, seed=1), normal(1, 2, 70, 16)
     cache = FakeQuantCache(scheme)
@@ -185,7 +185,7 @@ def test_a_model_attends_through_the_cache():
     model, ids = llama(), tokens(64)
     exact = Side(halves(1), lambda _: 32)
     plain = model(ids, cache=host.make_prompt_cache(model))
-    through = model(ids, cache=Scheme("exact", exact, exact).caches(model))
+    through = model(ids, cache=Scheme("exact", "", exact, exact).caches(model))
     assert mx.abs(plain - through).max().item() < 1e-4
     coarse = model(ids, cache=baselines.hadamard(2, 2).caches(model))
     assert mx.abs(plain - coarse).max().item() > 1e-3

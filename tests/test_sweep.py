@@ -8,7 +8,7 @@ from models import llama, tokens
 
 from vllm_metal_tq import TurboQuantConfig, sweep
 from vllm_metal_tq.evaluate import Quality, evaluate
-from vllm_metal_tq.sweep import Method, Point
+from vllm_metal_tq.sweep import Point
 
 
 def point(bits, kl, family="x", name="p"):
