@@ -2,9 +2,9 @@
 
 A text is cut into windows. Each window goes through the model twice, in the same chunks: with
 mlx_lm's own cache and with the compressed one. The positions of a window's second half are
-scored, so that every scored prediction rests on a long past. With ``raw_window=1`` the
-compressed run sees exactly what token-by-token decoding sees: only a token's own key and value
-as they came, every older one from the pages.
+scored, so that every scored prediction rests on a long past. The compressed run sees exactly what
+token-by-token decoding sees: the last ``TAIL`` tokens as they came, every older one through the
+pages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache as make_dense_cache
 
+from .calibration import Calibration
 from .config import TurboQuantConfig
 from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+from .tail import TAIL
 
 CHUNK = 128
 
@@ -58,7 +60,8 @@ def evaluate(
     *,
     window: int = 1024,
     tokens: int = 1024,
-    raw_window: int = 1,
+    calibration: Calibration | None = None,
+    raw_window: int = TAIL,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Measure ``config`` on a text.
@@ -69,7 +72,9 @@ def evaluate(
         config: widths of the compressed cache.
         window: tokens of a window; the second half of it is scored.
         tokens: positions to score; fewer are where the text is too short for them.
-        raw_window: how many recent tokens of its chunk a query sees as they came, itself included.
+        calibration: as ``make_prompt_cache`` takes it.
+        raw_window: how many recent tokens a query sees as they came, itself included: 1 measures
+            what the tail is good for, and more than ``TAIL`` are not to be had.
         progress: called with tokens done and tokens in all.
 
     Raises:
@@ -86,7 +91,7 @@ def evaluate(
     scores, ours = [], []
     for i in range(windows):
         piece = token_ids[i * window : (i + 1) * window + 1]
-        caches = make_prompt_cache(model, config)
+        caches = make_prompt_cache(model, config, calibration=calibration)
         ours = [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
         if not ours:
             raise ValueError("no layer of this model can be compressed")

@@ -5,6 +5,7 @@ script changes.
 """
 
 from .cache import TurboQuantKVCache
+from .calibrate import calibrate
 from .prompt_cache import (
     CacheReport,
     load_prompt_cache,
@@ -16,6 +17,7 @@ from .prompt_cache import (
 __all__ = [
     "CacheReport",
     "TurboQuantKVCache",
+    "calibrate",
     "load_prompt_cache",
     "make_prompt_cache",
     "report",

@@ -9,9 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 
+from ...calibration import Calibration
+from ...centre import Centre
 from ...config import TurboQuantConfig
 from . import hook
 from .cache import TurboQuantKVCache
+from .calibrate import from_biases
 from .probe import plain_attention
 
 
@@ -54,6 +57,7 @@ def make_prompt_cache(
     model: nn.Module,
     config: TurboQuantConfig | None = None,
     max_kv_size: int | None = None,
+    calibration: Calibration | None = None,
 ) -> list:
     """Make a prompt cache for ``mlx_lm.generate``, ``stream_generate`` and chat.
 
@@ -65,17 +69,29 @@ def make_prompt_cache(
         config: widths; ``TurboQuantConfig.from_names()``, the default preset, where None.
         max_kv_size: tokens that a layer keeps, as mlx_lm's flag of that name: beyond it the
             oldest blocks but the first are dropped.
+        calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
+            k_proj serves where a layer has one.
 
     Raises:
-        ValueError: a head_dim cannot be rotated, or ``max_kv_size`` is below two blocks.
+        ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks, or the
+            calibration is of a model of another shape.
     """
     config = config or TurboQuantConfig.from_names()
     hook.install(model)
-    caches = host.make_prompt_cache(model, max_kv_size)
+    caches, shapes = host.make_prompt_cache(model, max_kv_size), plain_attention(model)
+    centres = (calibration or from_biases(model)).centres
+    if len(centres) != len(shapes) or not all(map(_fits, centres, shapes)):
+        raise ValueError("the calibration was measured on a model of another shape")
     return [
-        cache if shape is None else TurboQuantKVCache(config, *shape, max_kv_size=max_kv_size)
-        for cache, shape in zip(caches, plain_attention(model), strict=True)
+        cache
+        if shape is None
+        else TurboQuantKVCache(config, *shape, max_kv_size=max_kv_size, centre=centre)
+        for cache, shape, centre in zip(caches, shapes, centres, strict=True)
     ]
+
+
+def _fits(centre: Centre | None, shape: tuple[int, int] | None) -> bool:
+    return centre is None or (shape is not None and centre.mu.shape == shape[::-1])
 
 
 def save_prompt_cache(file_name: str, prompt_cache: list, metadata: dict | None = None) -> None:

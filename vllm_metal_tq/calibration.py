@@ -1,0 +1,181 @@
+"""What is known of a whole model: a centre for each layer, measured once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from platformdirs import user_cache_path
+
+from .centre import Centre, turn
+from .rope import Rope
+
+FILE_NAME = "turboquant.safetensors"  # in a model's folder
+_FORMAT = "vllm-metal-tq calibration"
+_VERSION = "1"
+_PARTS = ("pairs", "mu", "smoothing", "value_mean")
+_EXPONENT = 1 / 8  # of (E[q^2] / E[k^2]); docs/quality.md
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Centres of a model's layers.
+
+    Attributes:
+        centres: one for each cache of the model's prompt cache, None where there is none.
+        fingerprint: of the model that it was measured on; see ``fingerprint``.
+    """
+
+    centres: tuple[Centre | None, ...]
+    fingerprint: str
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file; what it replaces stays whole until then."""
+        arrays = {
+            f"{i}.{name}": array
+            for i, centre in enumerate(self.centres)
+            if centre
+            for name, array in zip(_PARTS, centre.arrays, strict=True)
+        }
+        metadata = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "fingerprint": self.fingerprint,
+            "layers": str(len(self.centres)),
+        }
+        # safetensors cannot be empty.
+        arrays = arrays or {"none": mx.zeros(1)}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(f".{file.stem}.new.safetensors")
+        mx.save_safetensors(str(scratch), arrays, metadata)
+        scratch.replace(file)
+
+
+def load(file: Path, model: nn.Module) -> Calibration:
+    """Read what ``Calibration.save`` wrote, for ``model``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another kind or version, or was measured on another model.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"calibration {str(file)!r}: no such file")
+    try:
+        arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
+        mx.eval(arrays)  # reads the file to its end
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"calibration {str(file)!r} is damaged or foreign: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"calibration {str(file)!r} is damaged or foreign: no {_FORMAT}")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"calibration {str(file)!r} has version {metadata.get('version')}: "
+            f"{_VERSION} can be read; make it anew with `vllm-metal-tq calibrate`"
+        )
+    if metadata.get("fingerprint") != fingerprint(model):
+        raise ValueError(
+            f"calibration {str(file)!r} was measured on another model; "
+            "make one for this model with `vllm-metal-tq calibrate`"
+        )
+    try:
+        centres = [_centre(arrays, i) for i in range(int(metadata["layers"]))]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"calibration {str(file)!r} is damaged or foreign: {error}") from error
+    return Calibration(tuple(centres), metadata["fingerprint"])
+
+
+def _centre(arrays: dict[str, mx.array], layer: int) -> Centre | None:
+    if f"{layer}.mu" not in arrays:
+        return None
+    parts = [arrays[f"{layer}.{name}"] for name in _PARTS]
+    return Centre.from_arrays(parts, *parts[1].shape)
+
+
+def place(model: nn.Module) -> Path:
+    """Where the calibration of a model is kept: in the user's cache directory."""
+    name = f"{fingerprint(model)}.safetensors"
+    return user_cache_path("vllm-metal-tq") / "calibrations" / name
+
+
+def find(model: nn.Module, folder: str | Path | None = None) -> Calibration | None:
+    """Load the calibration beside the model, or else the one in the user's cache directory.
+
+    Args:
+        model: a loaded model.
+        folder: the model's folder, where it has one.
+
+    Returns:
+        The calibration, or None where there is no file.
+
+    Raises:
+        ValueError: the file cannot be used; see ``load``.
+    """
+    beside = [Path(folder) / FILE_NAME] if folder else []
+    file = next((file for file in [*beside, place(model)] if file.is_file()), None)
+    return load(file, model) if file else None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """32 hexadecimal digits that tell models apart: all shapes and types, and some weights."""
+    weights = sorted(tree_flatten(model.parameters()))
+    digest = hashlib.sha256(repr([(name, x.shape, str(x.dtype)) for name, x in weights]).encode())
+    for _, x in weights[:: max(len(weights) // 16, 1)]:
+        some = x.reshape(-1)[:64]
+        floating = mx.issubdtype(some.dtype, mx.floating)
+        digest.update(np.array(some.astype(mx.float32) if floating else some).tobytes())
+    return digest.hexdigest()[:32]
+
+
+class Statistics:
+    """Sums over the tokens of a text, from which a layer's centre follows.
+
+    Args:
+        rope: the layer's rotary embedding, or None where it is not known: keys then stay as they
+            are.
+    """
+
+    def __init__(self, rope: Rope | None):
+        self._rope = rope
+        self._count = 0
+        self._sums: list[mx.array] = []
+
+    def add(self, queries: mx.array, keys: mx.array, values: mx.array, start: int) -> None:
+        """Count tokens, ``(1, heads, n, head_dim)`` each, after RoPE, from position ``start``."""
+        queries, keys, values = (x[0].astype(mx.float32) for x in (queries, keys, values))
+        num_kv_heads, count, head_dim = keys.shape
+        if self._rope:
+            positions = mx.arange(start, start + count)
+            keys = turn(keys, positions, self._rope.pairs, inverse=True)
+        squares = mx.square(queries).reshape(num_kv_heads, -1, head_dim)
+        sums = [x.sum(axis=1) for x in (keys, mx.square(keys), values)]
+        sums.append(squares.mean(axis=1) * count)
+        self._count += count
+        self._sums = [a + b for a, b in zip(self._sums or [0] * 4, sums, strict=True)]
+        mx.eval(self._sums)
+
+    def centre(self) -> Centre:
+        """The centre of the tokens so far."""
+        mu, square, value_mean, query_square = (x / self._count for x in self._sums)
+        if not self._rope:
+            from .rope import constant
+
+            pairs = constant(mu.shape[1]).pairs
+            return Centre(pairs, mx.zeros_like(mu), mx.ones_like(mu), value_mean)
+        pairs = self._rope.pairs
+        spread = _by_pair(np.array(square - mx.square(mu)), pairs)
+        t = (_by_pair(np.array(query_square), pairs) / spread) ** _EXPONENT
+        t /= np.exp(np.log(t).mean(axis=1, keepdims=True))
+        return Centre(pairs, mu, mx.array(t.astype(np.float32)), value_mean)
+
+
+def _by_pair(squares: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Means over pairs of ``(num_kv_heads, head_dim)``, kept away from zero, in each element."""
+    first, second = pairs[:, 0], pairs[:, 1]
+    out = np.empty(squares.shape, np.float64)
+    out[:, first] = out[:, second] = (squares[:, first] + squares[:, second]) / 2
+    return np.maximum(out, 1e-6 * out.max(axis=1, keepdims=True) + 1e-30)

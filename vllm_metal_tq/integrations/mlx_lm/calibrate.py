@@ -1,0 +1,164 @@
+"""Measure the centres of a model's layers by running it over a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as host
+import numpy as np
+
+from ... import rope
+from ...calibration import Calibration, Statistics, fingerprint
+from ...centre import Centre, turn
+from ...rope import Rope
+from . import hook
+from .probe import plain_attention
+
+CHUNK = 256
+SKIPPED = 4  # tokens at the start, attention sinks among them, whose keys are unlike all others
+_FAR = 1000  # a position at which different embeddings differ
+_CLOSE = 0.02  # relative error of keys that are rounded to bfloat16
+
+
+class _At(host.KVCache):
+    """An empty cache that claims to be at some position, and keeps the keys that it gets."""
+
+    def __init__(self, position: int):
+        super().__init__()
+        self.offset = position
+
+    def update_and_fetch(self, keys, values):
+        self.stored = keys
+        return keys, values
+
+
+class _Recorder(host.KVCache):
+    """A dense cache that adds up what a layer stores and asks."""
+
+    def __init__(self, statistics: Statistics):
+        super().__init__()
+        self._statistics = statistics
+
+    def update_and_fetch(self, keys, values):
+        self._new = keys, values
+        return super().update_and_fetch(keys, values)
+
+    def attend(self, queries, keys, values, scale, mask, sinks):
+        start = self.offset - queries.shape[2]
+        skip = max(SKIPPED - start, 0)
+        if skip < queries.shape[2]:
+            new = (x[:, :, skip:] for x in (queries, *self._new))
+            self._statistics.add(*new, start + skip)
+        return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
+
+
+def calibrate(
+    model: nn.Module,
+    token_ids: list[int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Measure a calibration on a text, for use with every text.
+
+    Args:
+        model: a model that mlx_lm has loaded.
+        token_ids: the text; a thousand tokens are plenty.
+        progress: called with tokens done and tokens in all.
+
+    Raises:
+        ValueError: the text is too short, or no layer of the model can be compressed.
+    """
+    if len(token_ids) < 64:
+        raise ValueError(f"the text has {len(token_ids)} tokens: calibration takes at least 64")
+    hook.install(model)
+    ropes = layer_ropes(model)
+    caches = host.make_prompt_cache(model)
+    every = [
+        Statistics(found) if shape else None
+        for found, shape in zip(ropes, plain_attention(model), strict=True)
+    ]
+    if not any(every):
+        raise ValueError("no layer of this model can be compressed")
+    caches = [_Recorder(s) if s else cache for s, cache in zip(every, caches, strict=True)]
+    for start in range(0, len(token_ids), CHUNK):
+        chunk = token_ids[start : start + CHUNK]
+        mx.eval(model(mx.array([chunk]), cache=caches))
+        progress(start + len(chunk), len(token_ids))
+    return Calibration(tuple(s and s.centre() for s in every), fingerprint(model))
+
+
+def from_biases(model: nn.Module) -> Calibration:
+    """What can be known without a text: the bias of k_proj is most of the keys' mean.
+
+    Layers whose k_proj has no bias, or whose keys are normalised after it, get no centre.
+    """
+    shapes = plain_attention(model)
+    biases = [None] * len(shapes)
+    layers = getattr(model, "layers", [])
+    if len(layers) == len(shapes):
+        pairs = zip(layers, shapes, strict=True)
+        biases = [shape and _biases(layer, shape) for layer, shape in pairs]
+    if not any(biases):
+        return Calibration(tuple(biases), "")
+    centres = [
+        bias and found and _from_bias(found, *bias)
+        for bias, found in zip(biases, layer_ropes(model), strict=True)
+    ]
+    return Calibration(tuple(centres), "")
+
+
+def _biases(layer: nn.Module, shape: tuple[int, int]) -> tuple[mx.array, mx.array] | None:
+    """Biases of a layer's keys and values: float32 ``(num_kv_heads, head_dim)`` each, or None."""
+    head_dim, num_kv_heads = shape
+    for _, module in layer.named_modules():
+        projection = getattr(module, "k_proj", None)
+        bias = getattr(projection, "bias", None)
+        if bias is None or bias.size != head_dim * num_kv_heads or "k_norm" in module:
+            continue
+        value_bias = getattr(getattr(module, "v_proj", None), "bias", mx.zeros_like(bias))
+        pair = (bias, value_bias)
+        return tuple(x.astype(mx.float32).reshape(num_kv_heads, head_dim) for x in pair)
+    return None
+
+
+def _from_bias(found: Rope, key_bias: mx.array, value_bias: mx.array) -> Centre:
+    mu = key_bias * mx.array(found.amplitude)
+    return Centre(found.pairs, mu, mx.ones_like(mu), value_bias)
+
+
+def layer_ropes(model: nn.Module) -> list[Rope | None]:
+    """The rotary embedding of each cache's layer, None where it is not known.
+
+    The model itself decides between the embeddings that its modules hold, and none at all: the
+    keys of a single token, which attends to itself alone, differ between two positions by
+    nothing but the embedding.
+    """
+    near, far = _stored(model, 0), _stored(model, _FAR)
+    candidates: dict[int, list[Rope]] = {}
+    found = []
+    for first, second in zip(near, far, strict=True):
+        if first is None:
+            found.append(None)
+            continue
+        head_dim = first.shape[-1]
+        if head_dim not in candidates:
+            candidates[head_dim] = [*rope.of_model(model, head_dim), rope.constant(head_dim)]
+        where = mx.array([_FAR])
+        errors = [
+            (mx.linalg.norm(turn(first, where, c.pairs) - second) / mx.linalg.norm(second)).item()
+            for c in candidates[head_dim]
+        ]
+        best = int(np.argmin(errors))
+        found.append(candidates[head_dim][best] if errors[best] < _CLOSE else None)
+    return found
+
+
+def _stored(model: nn.Module, position: int) -> list[mx.array | None]:
+    """Keys that each plain layer stores for single tokens at a position, float32."""
+    caches = [
+        cache if shape is None else _At(position)
+        for cache, shape in zip(host.make_prompt_cache(model), plain_attention(model), strict=True)
+    ]
+    model(mx.array([[1], [2], [3]]), cache=caches)
+    return [c.stored.astype(mx.float32) if isinstance(c, _At) else None for c in caches]
