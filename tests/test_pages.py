@@ -183,6 +183,20 @@ TestTablesAgainstLists = TablesAgainstLists.TestCase
 TestTablesAgainstLists.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
 
 
+def test_the_block_table_follows_its_blocks_as_they_come_and_go():
+    p = pool()
+    table, other = BlockTable(p), BlockTable(p)
+    for step in (20, 300, -40, 16, 1, 17, -200, 900, 16):
+        if step > 0:
+            table.append(random_rows(p, step))
+            other.append(random_rows(p, 16))  # so that blocks are not consecutive
+        else:
+            table.trim(-step)
+        shown = table.block_table[0].tolist()
+        assert shown[: len(table.blocks)] == table.blocks
+        assert len(shown) >= 64
+
+
 def test_the_block_table_is_made_anew_only_when_blocks_change():
     p = pool()
     table = BlockTable(p)

@@ -174,13 +174,19 @@ def attend_last(
             queries,
             table.pool.pages,
             table.block_table,
-            integers(past_length, table.num_tokens, shift),
+            _lengths(past_length, table.num_tokens, shift),
             *tail.arrays,
             sinks,
         )
     keys, values = (x[None] for x in tail.ordered(table.num_tokens))
     options = {"scale": scale, "mask": mask, "sinks": sinks, "centre": centre, "shift": shift}
     return attend(queries, keys, values, table, past_length, **options)
+
+
+@lru_cache(maxsize=2)
+def _lengths(past_length: int, num_tokens: int, shift: int) -> mx.array:
+    """What kernels call lengths. Layers share it; made of small arrays, see ``pages.places``."""
+    return mx.concatenate([mx.array([past_length, num_tokens], mx.int32), integers(shift)])
 
 
 def _in_order(mask: attention.Mask, rows: int) -> bool:

@@ -17,11 +17,21 @@ GROWTH_TOKENS = 256  # as mlx_lm's caches grow
 def places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
     """Block, head and offset of every byte of some rows. Layers share them: hence the cache."""
     block, place = np.divmod(np.array(slots, np.uint32), layout.config.block_size)
-    heads = np.arange(num_kv_heads, dtype=np.uint32)
-    parts = [block[:, None], heads[:, None, None], layout.byte_offsets[place]]
+    parts = [mx.array(block)[:, None], _heads(num_kv_heads), _offsets(layout, *place.tolist())]
     # Of one dtype and shape: otherwise MLX would convert them anew in every layer.
     shape = (num_kv_heads, len(slots), layout.row_bytes)
-    return tuple(mx.broadcast_to(mx.array(x), shape) for x in parts)
+    return tuple(mx.broadcast_to(x, shape) for x in parts)
+
+
+# Kept, because with CUDA an array of over 8 bytes that the host makes costs as much as launches.
+@lru_cache(maxsize=64)
+def _offsets(layout: PageLayout, *places: int) -> mx.array:
+    return mx.array(layout.byte_offsets[list(places)])
+
+
+@lru_cache
+def _heads(num_kv_heads: int) -> mx.array:
+    return mx.array(np.arange(num_kv_heads, dtype=np.uint32))[:, None, None]
 
 
 def scatter(pages: mx.array, rows: mx.array, *where: mx.array) -> mx.array:
@@ -116,8 +126,9 @@ class BlockTable:
     def block_table(self) -> mx.array:
         """The blocks as kernels take them: int32 ``(1, max_blocks)``, padded with zeros."""
         if self._block_table is None:
-            # In steps of 64, so that shapes, and what is compiled for them, seldom change.
-            padded = [*self.blocks, *[0] * (-len(self.blocks) % 64)]
+            # A power of two, so that shapes, and what is compiled for them, seldom change.
+            max_blocks = max(64, 1 << (len(self.blocks) - 1).bit_length())
+            padded = [*self.blocks, *[0] * (max_blocks - len(self.blocks))]
             self._block_table = mx.array([padded], mx.int32)
         return self._block_table
 
@@ -134,10 +145,17 @@ class BlockTable:
         size, start, end = self._block_size, self.num_tokens, self.num_tokens + count
         missing = -(-end // size) - len(self.blocks)
         if missing:
-            self.blocks += self.pool.allocate(missing)
-            self._block_table = None
+            self._add(self.pool.allocate(missing))
         self.num_tokens = end
         return tuple(self.blocks[i // size] * size + i % size for i in range(start, end))
+
+    def _add(self, blocks: list[int]) -> None:
+        old, new = len(self.blocks), len(self.blocks) + len(blocks)
+        self.blocks += blocks
+        if self._block_table is not None and new <= self._block_table.shape[1]:
+            self._block_table[0, old:new] = mx.array(blocks, mx.int32)
+        else:
+            self._block_table = None
 
     def read(self, num_tokens: int) -> mx.array:
         """Pages that hold the first tokens: uint8 ``(num_kv_heads, num_pages, page_bytes)``."""
@@ -157,7 +175,6 @@ class BlockTable:
         if keep < len(self.blocks):
             self.pool.release(self.blocks[keep:])
             del self.blocks[keep:]
-            self._block_table = None
 
     def evictable(self, count: int) -> int:
         """How many tokens ``evict`` drops to make room for ``count``: whole blocks only."""
