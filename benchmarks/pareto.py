@@ -25,7 +25,6 @@ from vllm_metal_tq.sweep import OURS, Method, Point  # noqa: E402
 
 TOGETHER = 6  # methods measured in one go; the uncompressed cache runs once for each such group
 BUDGETS = [2.5 + 0.25 * i for i in range(23)]
-TAIL = 32
 
 
 def ours(model, window: int) -> list[Method]:

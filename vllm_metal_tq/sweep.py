@@ -14,9 +14,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache as make_dense_cache
 
+from .calibration import Calibration
 from .config import TurboQuantConfig
 from .evaluate import CHUNK, Quality, _compare
 from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+from .tail import TAIL
 
 PAIRS = (
     *((2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4), (5, 4), (5, 5), (6, 4), (6, 5), (6, 6)),
@@ -25,6 +27,7 @@ PAIRS = (
 """(key bits, value bits) of a sweep: the presets, and what lies between them."""
 
 OURS = "vllm-metal-tq"
+KEPT_BITS = 16  # an element of the tail, in bf16
 
 
 @dataclass(frozen=True)
@@ -69,31 +72,40 @@ class Point:
         return {"family": self.family, "name": self.name} | figures
 
 
-def compressed(model: nn.Module, config: TurboQuantConfig, window: int, tail: int) -> Method:
+def compressed(
+    model: nn.Module,
+    config: TurboQuantConfig,
+    window: int,
+    *,
+    calibration: Calibration | None = None,
+    tail: bool = True,
+) -> Method:
     """Our own cache as a method.
 
     Args:
         model: the model that will be measured; its head dims decide the bits.
         config: widths.
         window: tokens of a window, over which the tail's bytes are spread.
-        tail: recent tokens kept as they came as well, 0 for none.
+        calibration: as ``make_prompt_cache`` takes it.
+        tail: whether the last ``TAIL`` tokens are seen as they came, and their bytes counted.
 
     Raises:
         ValueError: no layer of the model can be compressed.
     """
 
     def caches(model: nn.Module) -> list:
-        made = make_prompt_cache(model, config)
+        made = make_prompt_cache(model, config, calibration=calibration)
         for cache in _ours(made):
-            cache.raw_window = max(tail, 1)
+            cache.raw_window = TAIL if tail else 1
         return made
 
     layouts = [cache.layout for cache in _ours(caches(model))]
     if not layouts:
         raise ValueError("no layer of this model can be compressed")
     pages = float(np.mean([layout.bits_per_element for layout in layouts]))
-    name = config.label + (f" + tail {tail}" if tail else "")
-    return Method(OURS, name, pages + 16 * min(tail, window) / window, caches)
+    if not tail:
+        return Method(OURS, f"{config.label} without tail", pages, caches)
+    return Method(OURS, config.label, pages + KEPT_BITS * min(TAIL / window, 1), caches)
 
 
 def _ours(caches: list) -> list[TurboQuantKVCache]:
