@@ -73,10 +73,13 @@ def chain_time(call: Callable[[mx.array], mx.array], x: mx.array, length: int) -
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of an element-wise operation on 128 MiB (32 on a CPU)."""
-    size = (128 if gpu_backend() else 32) << 20
-    inputs = [mx.full((size // 4,), float(i), mx.float32) for i in range(12)]
-    return 2 * size / kernel_time(mx.negative, inputs)
+    """Bytes a second, read and written, of an element-wise operation on large arrays.
+
+    Up to 1 GiB each on a GPU, an eighth of its memory in all: smaller ones show less bandwidth.
+    """
+    size = min(1 << 30, (device_bytes() or 8 << 30) // 64) if gpu_backend() else 32 << 20
+    inputs = [mx.full((size // 4,), float(i), mx.float32) for i in range(4)]
+    return 2 * size / kernel_time(mx.abs, inputs)
 
 
 def extra_memory(call: Callable[[], object]) -> int:
