@@ -29,9 +29,10 @@ BUDGETS = [2.5 + 0.25 * i for i in range(23)]
 
 def ours(model, window: int) -> list[Method]:
     """Our widths, with the tail and without."""
-    configs = [TurboQuantConfig(*pair) for pair in sweep.PAIRS]
     return [
-        sweep.compressed(model, config, window, tail) for tail in (TAIL, 0) for config in configs
+        sweep.compressed(model, TurboQuantConfig(*pair), window, tail=tail)
+        for tail in (True, False)
+        for pair in sweep.PAIRS
     ]
 
 
