@@ -7,6 +7,7 @@ import sys
 
 from .. import __version__, openblas
 from . import bench as bench_command
+from . import calibrate as calibrate_command
 from . import doctor as doctor_command
 from . import eval as eval_command
 from . import generate as generate_command
@@ -14,6 +15,7 @@ from . import generate as generate_command
 _COMMANDS = {
     "generate": generate_command,
     "eval": eval_command,
+    "calibrate": calibrate_command,
     "bench": bench_command,
     "doctor": doctor_command,
 }

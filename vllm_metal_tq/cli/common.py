@@ -6,6 +6,8 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +16,7 @@ from rich.table import Table
 from ..config import DEFAULT_PRESET, PRESETS, QUANT_NAMES, TurboQuantConfig
 
 DEMO_MODEL = "demo"
+CALIBRATION_TOKENS = 1024
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,16 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_PRESET})")
     parser.add_argument("--k-quant", help=f"width of keys, in place of the preset's: {names}")
     parser.add_argument("--v-quant", help="width of values, likewise")
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--calibration`` and ``--no-calibrate``, obeyed by ``calibration_for``."""
+    parser.add_argument(
+        "--calibration", help="a file of `calibrate` (default: the model's own, made at first use)"
+    )
+    parser.add_argument(
+        "--no-calibrate", action="store_true", help="neither use nor make a calibration"
+    )
 
 
 def add_head_dim_argument(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +95,56 @@ def load_model(name: str):
     except Exception as error:  # hub, network and format errors share no base class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+
+
+def calibration_for(args: argparse.Namespace, model, tokenizer):
+    """The calibration that the arguments ask for: read, or made and kept where there is none.
+
+    Returns:
+        A ``Calibration``, or None with ``--no-calibrate``.
+
+    Raises:
+        ValueError: the file cannot be used, or the arguments contradict each other.
+    """
+    from .. import calibration
+
+    if args.no_calibrate:
+        if args.calibration:
+            raise ValueError("--calibration cannot be given with --no-calibrate")
+        return None
+    if args.calibration:
+        return calibration.load(Path(args.calibration), model)
+    folder = args.model if Path(args.model).is_dir() else None
+    found = calibration.find(model, folder)
+    if found is None:
+        text = read_text(None, "calibration.txt")
+        found = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
+        found.save(calibration.place(model))
+    return found
+
+
+def calibrate(model, token_ids: list[int]):
+    """Calibrate a model under a progress bar."""
+    from ..integrations import mlx_lm
+
+    with progress_bar("calibrate") as advance:
+        return mlx_lm.calibrate(model, token_ids, advance)
+
+
+def read_text(name: str | None, shipped: str) -> str:
+    """The text file ``name``, or the one that is shipped under the name ``shipped``.
+
+    Raises:
+        ValueError: it is empty or not UTF-8.
+    """
+    source = Path(name) if name else files("vllm_metal_tq") / "data" / shipped
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {str(source)!r} is not UTF-8: {error}") from error
+    if not text.strip():
+        raise ValueError(f"text {str(source)!r} is empty")
+    return text
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from importlib.resources import files
-from pathlib import Path
 
 from . import common
 
@@ -14,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``eval``."""
     common.add_model_argument(parser)
     common.add_scheme_arguments(parser)
+    common.add_calibration_arguments(parser)
     parser.add_argument("--text", help="a text file (default: a chapter of Alice in Wonderland)")
     parser.add_argument(
         "--tokens", type=int, default=1024, help="positions to score, where the text has them"
@@ -21,16 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=int, default=1024, help="tokens of a window; its second half is scored"
     )
+    parser.add_argument(
+        "--no-tail",
+        action="store_true",
+        help="measure as if no recent tokens were kept as they came, a token's own aside",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the figures."""
     config = common.scheme(args)
-    text = _text(args.text)
-    from ..evaluate import evaluate
+    text = common.read_text(args.text, "alice.txt")
+    from ..evaluate import TAIL, evaluate
 
     model, tokenizer = common.load_model(args.model)
+    calibration = common.calibration_for(args, model, tokenizer)
     with common.progress_bar("eval") as advance:
         quality = evaluate(
             model,
@@ -38,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
             config,
             window=args.window,
             tokens=args.tokens,
+            calibration=calibration,
+            raw_window=1 if args.no_tail else TAIL,
             progress=advance,
         )
     if args.json:
@@ -57,14 +64,3 @@ def run(args: argparse.Namespace) -> None:
             "tokens": str(quality.tokens),
         }
     )
-
-
-def _text(name: str | None) -> str:
-    source = Path(name) if name else files("vllm_metal_tq") / "data" / "alice.txt"
-    try:
-        text = source.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text {str(source)!r} is not UTF-8: {error}") from error
-    if not text.strip():
-        raise ValueError(f"text {str(source)!r} is empty")
-    return text

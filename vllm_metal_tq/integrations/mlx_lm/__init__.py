@@ -5,7 +5,7 @@ script changes.
 """
 
 from .cache import TurboQuantKVCache
-from .calibrate import calibrate
+from .measure import calibrate
 from .prompt_cache import (
     CacheReport,
     load_prompt_cache,

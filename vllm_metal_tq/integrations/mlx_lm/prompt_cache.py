@@ -14,7 +14,7 @@ from ...centre import Centre
 from ...config import TurboQuantConfig
 from . import hook
 from .cache import TurboQuantKVCache
-from .calibrate import from_biases
+from .measure import from_biases
 from .probe import plain_attention
 
 

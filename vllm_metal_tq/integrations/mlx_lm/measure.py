@@ -67,7 +67,7 @@ def calibrate(
         progress: called with tokens done and tokens in all.
 
     Raises:
-        ValueError: the text is too short, or no layer of the model can be compressed.
+        ValueError: the text is too short.
     """
     if len(token_ids) < 64:
         raise ValueError(f"the text has {len(token_ids)} tokens: calibration takes at least 64")
@@ -79,7 +79,7 @@ def calibrate(
         for found, shape in zip(ropes, plain_attention(model), strict=True)
     ]
     if not any(every):
-        raise ValueError("no layer of this model can be compressed")
+        return Calibration(tuple(every), fingerprint(model))
     caches = [_Recorder(s) if s else cache for s, cache in zip(every, caches, strict=True)]
     for start in range(0, len(token_ids), CHUNK):
         chunk = token_ids[start : start + CHUNK]

@@ -1,0 +1,67 @@
+import json
+
+import pytest
+
+from vllm_metal_tq import calibration
+from vllm_metal_tq.cli import main
+
+
+def calibrate(capsys, *flags):
+    status = main(["calibrate", "--model", "demo", *flags])
+    return status, *capsys.readouterr()
+
+
+def test_json_says_what_was_written_where(capsys, demo, tmp_path):
+    file = tmp_path / "c.safetensors"
+    status, out, _ = calibrate(capsys, "--tokens", "100", "--output", str(file), "--json")
+    assert status == 0
+    assert json.loads(out) == {
+        "model": "demo",
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "tokens": 100,
+        "layers_calibrated": 30,
+        "layers": 30,
+    }
+    assert len(calibration.load(file, demo[0]).centres) == 30
+
+
+def test_a_text_of_ones_own_goes_where_it_is_found(capsys, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    _, out, _ = calibrate(capsys, "--text", str(text))
+    assert out.splitlines()[-1] == str(calibration.place(demo[0]))
+    assert calibration.find(demo[0]) is not None
+
+
+def test_the_first_use_of_a_model_calibrates_it_once(capsys, demo, tmp_path, monkeypatch):
+    from vllm_metal_tq.cli import common
+
+    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(common, "CALIBRATION_TOKENS", 64)
+    generate = ["generate", "--model", "demo", "-m", "1", "--json"]
+    assert main([*generate, "--no-calibrate"]) == 0
+    assert calibration.find(demo[0]) is None
+    assert main(generate) == 0
+    made = calibration.place(demo[0])
+    before = made.stat().st_mtime_ns
+    assert main(generate) == 0
+    assert made.stat().st_mtime_ns == before
+    made.write_bytes(made.read_bytes()[:-10])
+    capsys.readouterr()
+    assert main(generate) == 2
+    assert "is damaged or foreign" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens", "63"], "--tokens 63 must be at least 64"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(capsys, flags, message):
+    status, out, err = calibrate(capsys, *flags)
+    assert (status, out) == (2, "")
+    assert message in err
