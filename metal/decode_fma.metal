@@ -1,9 +1,10 @@
 #include "decode.h"
+#include "centre.h"
   // Attention of a few query rows over compressed pages, with plain float32 arithmetic.
   //
   // The same work as decode_mma.metal, with its inputs, outputs and template constants, for GPUs
   // whose matrix instructions do not pay: N is the number of columns that are served in one pass,
-  // NB is not used. A SIMD-group takes a sub-block of 16 tokens at a time. A lane holds, of
+  // NB is not used, and one more constant is TURNED, see centre.h. A SIMD-group takes a sub-block of 16 tokens at a time. A lane holds, of
   //   the keys:    tokens group, group + 4, + 8 and + 12, and an eighth (eighth) of the dimensions;
   //   the logits:  one of these tokens, and every other column (odd says which);
   //   the values:  8 dimensions (value_row, value_half), of the tokens of every VQ-th quad.
@@ -70,15 +71,24 @@
   const int begin_of_all = window > 0 ? see_from + last_row : 0;
   const int first_sub = min(begin / 16, (end + 15) / 16);  // a window may begin behind all pages
   const int nsub = (end + 15) / 16 - first_sub;
-  const int sub0 = first_sub + split * nsub / splits;
-  const int sub1 = first_sub + (split + 1) * nsub / splits;
+  // With centring each SIMD-group takes sub-blocks in a row, else those of a threadgroup take turns.
+  const int part = CENTRE ? split * NSG + sg : split;
+  const int parts = CENTRE ? splits * NSG : splits;
+  const int sub0 = first_sub + part * nsub / parts + (CENTRE ? 0 : sg);
+  const int sub1 = first_sub + (part + 1) * nsub / parts;
+  constexpr int STEP = CENTRE ? 1 : NSG;
   const uint zero = TQ_UNKNOWN_ZERO(paged);
 
-  // Queries, later each SIMD-group's weights, at last its sums.
-  threadgroup float4 shared4[NSG * N * D / 4];
+  // Queries, later each SIMD-group's weights and behind them its f, at last its sums; behind all that
+  // A and B of the queries.
+  constexpr int COEFFICIENTS = 2 * N * (D / 2 + 4);
+  constexpr int F = CENTRE ? 16 * NW + (S * N > COEFFICIENTS ? S * N : COEFFICIENTS) : 0;
+  constexpr int POOL = F > N * D ? (F + 3) / 4 * 4 : N * D;  // of a SIMD-group
+  threadgroup float4 shared4[(NSG * POOL + (CENTRE ? N * tq_stride<D>() : 0)) / 4];
   threadgroup float* shared = (threadgroup float*)shared4;
   threadgroup float shared_m[NSG][N];
   threadgroup float shared_l[NSG][N];
+  threadgroup float shared_g[CENTRE ? NSG : 1][CENTRE ? N : 1];
 
   // Rotate the queries.
   for (int n = sg; n < N; n += NSG) {
@@ -88,12 +98,17 @@
     TQ_UNROLL
     for (int e = 0; e < D / 32; ++e) {
       const int d = lane + 32 * e;
-      v[e] = d < head_dim ? float(queries[at + d]) * signs[d] : 0.0f;
+      v[e] = d < head_dim ? float(queries[at + d]) * signs[CENTRE ? kvh * D + d : d] : 0.0f;
     }
     tq_hadamard<D, M, false>(v, lane);
     const float norm = 1.0f / sqrt(float(D));
     TQ_UNROLL
     for (int e = 0; e < D / 32; ++e) shared[n * D + lane + 32 * e] = v[e] * norm;
+  }
+  if (CENTRE) {
+    tq_centre_queries<T, D, S, 1, N>(
+        shared + NSG * POOL, queries + size_t(seq * H + kvh * G) * L * head_dim, means + kvh * D, turns,
+        numbers[0], first_column, columns, G, L, head_dim, thread_index_in_threadgroup, NSG * 32);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -140,7 +155,10 @@
   const half2 level_c = as_type<half2>(tq_pack(numbers[5], numbers[5]));
   const float factor = numbers[0];
   float acc[N][VE];
-  float m[NH], l[NH];
+  float m[NH], l[NH], g[NH];
+  threadgroup float* f = shared + (CENTRE ? sg * POOL + 16 * NW : 0);
+  const uint shift = CENTRE ? uint(lengths[3 * seq + 2]) : 0u;
+  int ready = 0;  // tokens that f is known of
   TQ_UNROLL
   for (int n = 0; n < N; ++n) {
     TQ_UNROLL
@@ -150,11 +168,18 @@
   for (int h = 0; h < NH; ++h) {
     m[h] = -1e30f;
     l[h] = 0.0f;
+    g[h] = 0.0f;
   }
 
-  int block = block_table[seq * shape[4] + min(sub0 + sg, max(sub1 - 1, 0)) / NSB];
+  int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 1, 0)) / NSB];
   TQ_NO_UNROLL
-  for (int sub = sub0 + sg; sub < sub1; sub += NSG) {
+  for (int sub = sub0; sub < sub1; sub += STEP) {
+    if (CENTRE) {
+      if (ready == 0) {
+        tq_centre_fma<D, N, S, TURNED>(f, shared + NSG * POOL, turns + D, shift + uint(sub * 16), lane);
+        ready = S;
+      }
+    }
     // Load.
     const device uchar* page = pages + (size_t(block) * HKV + kvh) * size_t(PAGE);
     const device uchar* base = page + sub % NSB * SUB;
@@ -192,7 +217,7 @@
       }
     }
     uint scales = tq_load1(page + NSB * SUB + (sub % NSB * 16 + token_of_lane) * 4);
-    block = block_table[seq * shape[4] + min(sub + NSG, sub1 - 1) / NSB];
+    block = block_table[seq * shape[4] + min(sub + STEP, sub1 - 1) / NSB];
 
     // Each lane's share of the logits.
     float x[4][N];
@@ -233,9 +258,15 @@
     for (int h = 0; h < NH; ++h) {
       const float a = x[0][2 * h], b = x[0][2 * h + 1 < N ? 2 * h + 1 : 2 * h];
       s[h] = (odd ? b : a) + simd_shuffle_xor(odd ? a : b, ushort(4));
-      s[h] = (s[h] + offset[h]) * (float(tq_low(scales)) * factor);
+      const float scale = float(tq_low(scales));
+      s[h] = (s[h] + offset[h]) * ((CENTRE ? abs(scale) : scale) * factor);
+      if (CENTRE) {
+        const float mine = f[(S - ready + token_of_lane) * N + min(2 * h + odd, N - 1)];
+        s[h] += (scales & 0x8000u) != 0 ? mine : 0.0f;
+      }
       if (SOFTCAP) s[h] = tq_softcap(s[h], numbers[1]);
     }
+    if (CENTRE) ready -= 16;
     if (sub * 16 < begin_of_all || sub * 16 + 16 > end_of_all) {
       const int t = sub * 16 + token_of_lane;
       TQ_UNROLL
@@ -262,6 +293,7 @@
         const float r = fast::exp2(m[h] - top);
         m[h] = top;
         l[h] *= r;
+        g[h] *= r;
         const float other = simd_shuffle_xor(r, ushort(4));
         TQ_UNROLL
         for (int e = 0; e < VE; ++e) {
@@ -278,6 +310,7 @@
     for (int h = 0; h < NH; ++h) {
       w[h] = fast::exp2(s[h] - m[h]);
       l[h] += w[h];
+      if (CENTRE) g[h] += int(scales) < 0 ? w[h] : 0.0f;
       heaviest = max(heaviest, w[h]);
     }
     if (SPARSE && !simd_any(heaviest >= numbers[2])) continue;
@@ -286,7 +319,9 @@
     simdgroup_barrier(mem_flags::mem_threadgroup);
     TQ_UNROLL
     for (int h = 0; h < NH; ++h) {
-      if (N > 1 || odd == 0) shared[sg * N * D + slot * NW + 2 * h + odd] = w[h] * float(tq_high(scales));
+      const float scale = float(tq_high(scales));
+      const float weight = w[h] * (CENTRE ? abs(scale) : scale);
+      if (N > 1 || odd == 0) shared[sg * POOL + slot * NW + 2 * h + odd] = weight;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -296,7 +331,7 @@
       float weight[4 * NW];
       TQ_UNROLL
       for (int k = 0; k < NW; ++k) {
-        const float4 four = shared4[sg * N * D / 4 + (value_quad + i * VQ) * NW + k];
+        const float4 four = shared4[sg * POOL / 4 + (value_quad + i * VQ) * NW + k];
         weight[4 * k] = four.x;
         weight[4 * k + 1] = four.y;
         weight[4 * k + 2] = four.z;
@@ -325,11 +360,15 @@
   TQ_UNROLL
   for (int h = 0; h < NH; ++h) {
     TQ_UNROLL
-    for (int k = 0; k < 4; ++k) l[h] += simd_shuffle_xor(l[h], ushort(token_bits[k]));
+    for (int k = 0; k < 4; ++k) {
+      l[h] += simd_shuffle_xor(l[h], ushort(token_bits[k]));
+      if (CENTRE) g[h] += simd_shuffle_xor(g[h], ushort(token_bits[k]));
+    }
     const int n = 2 * h + odd;
     if (token_of_lane == 0 && n < N) {
       shared_m[sg][n] = m[h];
       shared_l[sg][n] = l[h];
+      if (CENTRE) shared_g[CENTRE ? sg : 0][CENTRE ? n : 0] = g[h];
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -340,7 +379,7 @@
       TQ_UNROLL
       for (int k = 1; k < VQ; k *= 2) acc[n][e] += simd_shuffle_xor(acc[n][e], ushort(k * VSPLIT));
       if (value_quad == 0 && value_row < VROWS) {
-        shared[(sg * N + n) * D + value_row * VD + value_half * VE + e] = acc[n][e];
+        shared[sg * POOL + n * D + value_row * VD + value_half * VE + e] = acc[n][e];
       }
     }
   }
@@ -351,16 +390,18 @@
     const int column = first_column + n;
     float top = -1e30f;
     for (int j = 0; j < NSG; ++j) top = max(top, shared_m[j][n]);
-    float sum = 0.0f, weights = 0.0f;
+    float sum = 0.0f, weights = 0.0f, flagged = 0.0f;
     for (int j = 0; j < NSG; ++j) {
       const float r = fast::exp2(shared_m[j][n] - top);
       weights = fma(shared_l[j][n], r, weights);
-      sum = fma(shared[(j * N + n) * D + d], r, sum);
+      if (CENTRE) flagged = fma(shared_g[CENTRE ? j : 0][CENTRE ? n : 0], r, flagged);
+      sum = fma(shared[j * POOL + n * D + d], r, sum);
     }
-    const size_t out = ((size_t(seq * H + kvh * G + column % G) * L + column / G) * splits + split) * (D + 2);
+    const size_t out = ((size_t(seq * H + kvh * G + column % G) * L + column / G) * splits + split) * (D + 2 + CENTRE);
     partial[out + d] = sum * level_b;
     if (d == 0) {
       partial[out + D] = top;
       partial[out + D + 1] = weights;
+      if (CENTRE) partial[out + D + 2] = flagged;
     }
   }

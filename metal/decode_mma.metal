@@ -1,4 +1,5 @@
 #include "decode.h"
+#include "centre.h"
   // Attention of a few query rows over compressed pages, with 8x8 matrix fragments.
   //
   // A threadgroup serves one KV head of one sequence over one split of its context; its columns are
@@ -12,10 +13,15 @@
   // queries [B, H, L, head_dim] T; pages uchar; block_table [B, max_blocks] int;
   // lengths [B, 3] int: tokens that are read from pages, tokens in all, shift; the L query rows are
   // the last of these tokens
-  // signs [D] float; shape int: H, HKV, L, head_dim, max_blocks, column groups, window (0: none)
+  // signs [D] float, or [HKV, D] where CENTRE: divided by smoothing
+  // shape int: H, HKV, L, head_dim, max_blocks, column groups, window (0: none)
   // numbers float: factor of the logits, softcap, sparse_v, b, a/b, c/b of the value levels
-  // partial [B, H, L, splits, D + 2] float: sum of weight * value, then maximum (base 2) and sum
-  // Template: T, D, M, BS, planes KL, KH, VL, VH, N, NSG, NB, SOFTCAP, SPARSE.
+  // means [HKV, D / 2, 2] float: mu of each pair; turns uint: elements and steps of the pairs, tables
+  // (centre.h); both are not read where CENTRE is 0
+  // partial [B, H, L, splits, D + 2 + CENTRE] float: sum of weight * value, then maximum (base 2) and
+  // sum, and where CENTRE the sum of the weights of values whose mean was left out
+  // Template: T, D, M, BS, planes KL, KH, VL, VH, N, NSG, NB, SOFTCAP, SPARSE, CENTRE, S (tokens of a
+  // window of centre.h).
   constexpr int KB = KL + KH;
   constexpr int VB = VL + VH;
   constexpr int KD = (D <= 64 || KL == 8) ? 16 : 32;        // key dimensions of a lane, per chunk
@@ -68,14 +74,23 @@
   const int nsub = (end + 15) / 16;
   const int sub0 = min(begin / 16, nsub);  // a window may begin behind all pages
   const int ntile = (nsub - sub0 + NB - 1) / NB;
-  const int tile0 = split * ntile / splits;
-  const int tile1 = (split + 1) * ntile / splits;
+  // With centring each SIMD-group takes tiles in a row, else those of a threadgroup take turns.
+  const int part = CENTRE ? split * NSG + sg : split;
+  const int parts = CENTRE ? splits * NSG : splits;
+  const int tile0 = part * ntile / parts + (CENTRE ? 0 : sg);
+  const int tile1 = (part + 1) * ntile / parts;
+  constexpr int STEP = CENTRE ? 1 : NSG;
   const uint zero = TQ_UNKNOWN_ZERO(paged);
 
-  threadgroup float4 shared4[NSG * N * D / 4];
+  // Queries, later each SIMD-group's f, at last its sums; behind that A and B of the queries.
+  constexpr int TOKENS = CENTRE ? tq_windows<N>() * S : 0;  // that f is computed of at a time
+  constexpr int F = TOKENS * tq_columns<N>();
+  constexpr int POOL = F > N * D ? F : N * D;  // of a SIMD-group
+  threadgroup float4 shared4[(NSG * POOL + (CENTRE ? 8 * tq_stride<D>() : 0)) / 4];
   threadgroup float* shared = (threadgroup float*)shared4;
   threadgroup float shared_m[NSG][N];
   threadgroup float shared_l[NSG][N];
+  threadgroup float shared_g[CENTRE ? NSG : 1][CENTRE ? N : 1];
 
   // Rotate the queries.
   for (int n = sg; n < N; n += NSG) {
@@ -85,12 +100,17 @@
     TQ_UNROLL
     for (int e = 0; e < D / 32; ++e) {
       const int d = lane + 32 * e;
-      v[e] = d < head_dim ? float(queries[at + d]) * signs[d] : 0.0f;
+      v[e] = d < head_dim ? float(queries[at + d]) * signs[CENTRE ? kvh * D + d : d] : 0.0f;
     }
     tq_hadamard<D, M, false>(v, lane);
     const float norm = 1.0f / sqrt(float(D));
     TQ_UNROLL
     for (int e = 0; e < D / 32; ++e) shared[n * D + lane + 32 * e] = v[e] * norm;
+  }
+  if (CENTRE) {
+    tq_centre_queries<T, D, S, tq_windows<N>(), 8 / tq_windows<N>()>(
+        shared + NSG * POOL, queries + size_t(seq * H + kvh * G) * L * head_dim, means + kvh * D, turns,
+        numbers[0], first_column, columns, G, L, head_dim, thread_index_in_threadgroup, NSG * 32);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -145,15 +165,25 @@
     acc[j].w = 0.0f;
   }
   float m0 = -1e30f, m1 = -1e30f, l0 = 0.0f, l1 = 0.0f;
+  float g0 = 0.0f, g1 = 0.0f;
+  threadgroup float* f = shared + (CENTRE ? sg * POOL : 0);
+  const uint shift = CENTRE ? uint(lengths[3 * seq + 2]) : 0u;
+  int ready = 0;  // tokens that f is known of
 
   int blocks[NB];
   TQ_UNROLL
   for (int b = 0; b < NB; ++b) {
-    const int sub = min(sub0 + (tile0 + sg) * NB + b, max(nsub - 1, 0));
+    const int sub = min(sub0 + tile0 * NB + b, max(nsub - 1, 0));
     blocks[b] = block_table[seq * shape[4] + sub / NSB];
   }
   TQ_NO_UNROLL
-  for (int tile = tile0 + sg; tile < tile1; tile += NSG) {
+  for (int tile = tile0; tile < tile1; tile += STEP) {
+    if (CENTRE) {
+      if (ready == 0) {
+        tq_centre_mma<D, N, S>(f, shared + NSG * POOL, turns + D, shift + uint((sub0 + tile * NB) * 16), lane);
+        ready = TOKENS;
+      }
+    }
     // Load.
     uint kl[NB][NKC][2][KLW];
     uint kh[NB][NKC][2][KHW];
@@ -198,7 +228,7 @@
 
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
-      blocks[b] = block_table[seq * shape[4] + min(sub0 + (tile + NSG) * NB + b, nsub - 1) / NSB];
+      blocks[b] = block_table[seq * shape[4] + min(sub0 + (tile + STEP) * NB + b, nsub - 1) / NSB];
     }
 
     // Logits.
@@ -230,12 +260,24 @@
     }
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
-      const float k0 = float(tq_low(scales[b][0])) * factor;
-      const float k1 = float(tq_low(scales[b][1])) * factor;
+      const float scale0 = float(tq_low(scales[b][0])), scale1 = float(tq_low(scales[b][1]));
+      const float k0 = (CENTRE ? abs(scale0) : scale0) * factor;
+      const float k1 = (CENTRE ? abs(scale1) : scale1) * factor;
       s[b].x *= k0;
       s[b].y *= k0;
       s[b].z *= k1;
       s[b].w *= k1;
+      if (CENTRE) {
+        constexpr int NC = tq_columns<N>();
+        const threadgroup float* mine = f + (TOKENS - ready + 16 * b + row) * NC + (N > 1 ? min(2 * quad, NC - 2) : 0);
+        const bool flag0 = (scales[b][0] & 0x8000u) != 0, flag1 = (scales[b][1] & 0x8000u) != 0;
+        s[b].x += flag0 ? mine[0] : 0.0f;
+        s[b].z += flag1 ? mine[8 * NC] : 0.0f;
+        if (N > 1) {
+          s[b].y += flag0 ? mine[1] : 0.0f;
+          s[b].w += flag1 ? mine[8 * NC + 1] : 0.0f;
+        }
+      }
       if (SOFTCAP) {
         s[b].x = tq_softcap(s[b].x, numbers[1]);
         s[b].y = tq_softcap(s[b].y, numbers[1]);
@@ -243,6 +285,7 @@
         s[b].w = tq_softcap(s[b].w, numbers[1]);
       }
     }
+    if (CENTRE) ready -= NB * 16;
     const int token = (sub0 + tile * NB) * 16;
     if (token < begin_of_all || token + NB * 16 > end_of_all) {
       TQ_UNROLL
@@ -278,6 +321,8 @@
       m1 = top1;
       l0 *= r0;
       l1 *= r1;
+      g0 *= r0;
+      g1 *= r1;
       TQ_UNROLL
       for (int j = 0; j < NT; ++j) {
         acc[j].x *= r0;
@@ -290,7 +335,7 @@
     // Have the next sub-blocks on their way while this one's values are weighed.
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
-      const int sub = min(sub0 + (tile + NSG) * NB + b, nsub - 1);
+      const int sub = min(sub0 + (tile + STEP) * NB + b, nsub - 1);
       const device uchar* page = pages + (size_t(blocks[b]) * HKV + kvh) * size_t(PAGE);
       if (lane == 0) {
         tq_prefetch(page + sub % NSB * SUB, SUB);
@@ -308,9 +353,15 @@
       w.w = fast::exp2(s[b].w - m1);
       l0 += w.x + w.z;
       l1 += w.y + w.w;
+      if (CENTRE) {
+        const bool flag0 = int(scales[b][0]) < 0, flag1 = int(scales[b][1]) < 0;
+        g0 += (flag0 ? w.x : 0.0f) + (flag1 ? w.z : 0.0f);
+        g1 += (flag0 ? w.y : 0.0f) + (flag1 ? w.w : 0.0f);
+      }
       if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) >= numbers[2])) continue;
-      const float v0 = float(tq_high(scales[b][0]));
-      const float v1 = float(tq_high(scales[b][1]));
+      const float scale0 = float(tq_high(scales[b][0])), scale1 = float(tq_high(scales[b][1]));
+      const float v0 = CENTRE ? abs(scale0) : scale0;
+      const float v1 = CENTRE ? abs(scale1) : scale1;
       uint2 weights;
       weights.x = tq_as_b(tq_pack(w.x * v0, w.y * v0));
       weights.y = tq_as_b(tq_pack(w.z * v1, w.w * v1));
@@ -341,7 +392,12 @@
   for (int k = 0; k < 3; ++k) {
     l0 += simd_shuffle_xor(l0, ushort(row_bits[k]));
     l1 += simd_shuffle_xor(l1, ushort(row_bits[k]));
+    if (CENTRE) {
+      g0 += simd_shuffle_xor(g0, ushort(row_bits[k]));
+      g1 += simd_shuffle_xor(g1, ushort(row_bits[k]));
+    }
   }
+  if (CENTRE) simdgroup_barrier(mem_flags::mem_threadgroup);
   TQ_UNROLL
   for (int e = 0; e < 2; ++e) {
     const int n = 2 * quad + e;
@@ -349,13 +405,14 @@
       if (row == 0) {
         shared_m[sg][n] = e == 0 ? m0 : m1;
         shared_l[sg][n] = e == 0 ? l0 : l1;
+        if (CENTRE) shared_g[CENTRE ? sg : 0][CENTRE ? n : 0] = e == 0 ? g0 : g1;
       }
       TQ_UNROLL
       for (int j = 0; j < NT; ++j) {
         const int d = j / (VD / 2) * 128 + row * VD + j % (VD / 2) * 2;
         if (d < D) {
-          shared[(sg * N + n) * D + d] = e == 0 ? acc[j].x : acc[j].y;
-          shared[(sg * N + n) * D + d + 1] = e == 0 ? acc[j].z : acc[j].w;
+          shared[sg * POOL + n * D + d] = e == 0 ? acc[j].x : acc[j].y;
+          shared[sg * POOL + n * D + d + 1] = e == 0 ? acc[j].z : acc[j].w;
         }
       }
     }
@@ -367,16 +424,18 @@
     const int column = first_column + n;
     float top = -1e30f;
     for (int j = 0; j < NSG; ++j) top = max(top, shared_m[j][n]);
-    float sum = 0.0f, weights = 0.0f;
+    float sum = 0.0f, weights = 0.0f, flagged = 0.0f;
     for (int j = 0; j < NSG; ++j) {
       const float r = fast::exp2(shared_m[j][n] - top);
       weights = fma(shared_l[j][n], r, weights);
-      sum = fma(shared[(j * N + n) * D + d], r, sum);
+      if (CENTRE) flagged = fma(shared_g[CENTRE ? j : 0][CENTRE ? n : 0], r, flagged);
+      sum = fma(shared[j * POOL + n * D + d], r, sum);
     }
-    const size_t out = ((size_t(seq * H + kvh * G + column % G) * L + column / G) * splits + split) * (D + 2);
+    const size_t out = ((size_t(seq * H + kvh * G + column % G) * L + column / G) * splits + split) * (D + 2 + CENTRE);
     partial[out + d] = sum * level_b;
     if (d == 0) {
       partial[out + D] = top;
       partial[out + D + 1] = weights;
+      if (CENTRE) partial[out + D + 2] = flagged;
     }
   }

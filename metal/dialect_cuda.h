@@ -83,6 +83,33 @@ TQ_FN uint tq_as_b(uint x) {
   return y;
 }
 
+TQ_FN uint4 tq_table4(const uint* p) { return __ldg((const uint4*)p); }
+TQ_FN uint2 tq_table2(const uint* p) { return __ldg((const uint2*)p); }
+
+// A pair of floats as two pairs of halves: the nearest ones, and what they leave. Of an a[16x16], a
+// lane's four pairs of nearest halves are words of a table, and what they leave comes 128 words on.
+TQ_FN uint2 tq_exact_pair(float a, float b) {
+  uint2 x;
+  x.x = tq_pack(a, b);
+  x.y = tq_pack(a - float(tq_low(x.x)), b - float(tq_high(x.x)));
+  return x;
+}
+TQ_FN uint2 tq_exact_as_b(uint2 x) {
+  uint2 y;
+  y.x = tq_as_b(x.x);
+  y.y = tq_as_b(x.y);
+  return y;
+}
+TQ_FN void tq_exact_matrix(float4& c, const uint* a, uint2 b0, uint2 b1) {
+  const uint4 nearest = tq_table4(a), rest = tq_table4(a + 128);
+  uint2 b, b_rest;
+  b.x = b0.x, b.y = b1.x;
+  b_rest.x = b0.y, b_rest.y = b1.y;
+  tq_matrix(c, rest.x, rest.y, rest.z, rest.w, b);
+  tq_matrix(c, nearest.x, nearest.y, nearest.z, nearest.w, b_rest);
+  tq_matrix(c, nearest.x, nearest.y, nearest.z, nearest.w, b);
+}
+
 TQ_FN float saturate(float x) { return __saturatef(x); }
 TQ_FN half2 tq_saturated_fma(half2 a, half2 b, half2 c) { return __hfma2_sat(a, b, c); }
 TQ_FN float tq_inverse(float x) {

@@ -57,6 +57,32 @@ inline void tq_matrix(thread float4& c, uint a0, uint a1, uint a2, uint a3, uint
 // A pair in the order of c, as a pair in the order of b: the same order here.
 inline uint tq_as_b(uint x) { return x; }
 
+// Tables stay in the caches.
+inline uint4 tq_table4(const device uint* p) { return *(const device uint4*)p; }
+inline uint2 tq_table2(const device uint* p) { return *(const device uint2*)p; }
+
+// Products that are exact to about 2^-21, of floats: here a pair of floats is kept as it is. Of an
+// a[16x16], a lane's quarters are pairs of words of a table, and lie 128 words apart two by two.
+inline uint2 tq_exact_pair(float a, float b) { return uint2(as_type<uint>(a), as_type<uint>(b)); }
+inline uint2 tq_exact_as_b(uint2 x) { return x; }
+inline void tq_exact_matrix_8x8(thread float2& c, uint2 a, uint2 b) {
+  simdgroup_matrix<float, 8, 8> A, B, C;
+  reinterpret_cast<thread float2&>(A.thread_elements()) = as_type<float2>(a);
+  reinterpret_cast<thread float2&>(B.thread_elements()) = as_type<float2>(b);
+  reinterpret_cast<thread float2&>(C.thread_elements()) = c;
+  simdgroup_multiply_accumulate(C, A, B, C);
+  c = reinterpret_cast<thread float2&>(C.thread_elements());
+}
+inline void tq_exact_matrix(thread float4& c, const device uint* a, uint2 b0, uint2 b1) {
+  const uint4 first = tq_table4(a), second = tq_table4(a + 128);
+  float2 top = c.xy, bottom = c.zw;
+  tq_exact_matrix_8x8(top, first.xy, b0);
+  tq_exact_matrix_8x8(top, second.xy, b1);
+  tq_exact_matrix_8x8(bottom, first.zw, b0);
+  tq_exact_matrix_8x8(bottom, second.zw, b1);
+  c = float4(top, bottom);
+}
+
 inline half2 tq_saturated_fma(half2 a, half2 b, half2 c) { return clamp(fma(a, b, c), half2(0.0f), half2(1.0f)); }
 inline float tq_inverse(float x) { return fast::divide(1.0f, x); }
 inline float tq_inverse_root(float x) { return fast::rsqrt(x); }

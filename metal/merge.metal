@@ -5,10 +5,10 @@
   // partial: as decode writes it; queries [B, H, L, head_dim] T; lengths [B, 3] int: tokens that are
   // read from pages, tokens in all, shift; tail_keys, tail_values [B, HKV, TAIL, head_dim] T: the
   // tokens between, as the model made them, token i in slot i % TAIL; sinks [H] float: logits;
-  // signs [D] float; shape int: H, HKV, L, head_dim, splits, window (0: none)
+  // signs [D] float; value_mean [HKV, head_dim] float, not read where CENTRE is 0; shape int: H, HKV, L, head_dim, splits, window (0: none)
   // numbers float: factor of the logits, softcap
   // attended [B, H, L, head_dim] T
-  // Template: T, D, M, NSG, TAIL (slots; 0: no tail), SINKS, SOFTCAP.
+  // Template: T, D, M, NSG, TAIL (slots; 0: no tail), SINKS, SOFTCAP, CENTRE.
   constexpr int E = D / 32;
   const int lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;
@@ -25,21 +25,23 @@
   threadgroup float tail_sums[NSG][D];
   threadgroup float split_ms[NSG];
   threadgroup float split_ls[NSG];
+  threadgroup float split_gs[NSG];
   threadgroup float tail_m[NSG];
   threadgroup float tail_l[NSG];
 
   // This SIMD-group's share of the splits.
-  float m = -1e30f, l = 0.0f;
+  float m = -1e30f, l = 0.0f, g = 0.0f;
   float v[E];
   TQ_UNROLL
   for (int e = 0; e < E; ++e) v[e] = 0.0f;
   for (int s = sg; s < splits; s += NSG) {
-    const size_t at = (size_t(row) * splits + s) * (D + 2);
+    const size_t at = (size_t(row) * splits + s) * (D + 2 + CENTRE);
     const float split_m = partial[at + D];
     const float higher = max(m, split_m);
     const float r = fast::exp2(m - higher), w = fast::exp2(split_m - higher);
     m = higher;
     l = fma(l, r, w * partial[at + D + 1]);
+    if (CENTRE) g = fma(g, r, w * partial[at + D + 2]);
     TQ_UNROLL
     for (int e = 0; e < E; ++e) v[e] = fma(v[e], r, w * partial[at + lane + 32 * e]);
   }
@@ -48,6 +50,7 @@
   if (lane == 0) {
     split_ms[sg] = m;
     split_ls[sg] = l;
+    if (CENTRE) split_gs[sg] = g;
   }
 
   if (TAIL > 0) {
@@ -99,9 +102,11 @@
     }
     TQ_UNROLL
     for (int e = 0; e < E; ++e) v[e] = 0.0f;
+    float flagged = 0.0f;
     for (int j = 0; j < NSG; ++j) {
       const float w = fast::exp2(split_ms[j] - top);
       total = fma(split_ls[j], w, total);
+      if (CENTRE) flagged = fma(split_gs[j], w, flagged);
       TQ_UNROLL
       for (int e = 0; e < E; ++e) v[e] = fma(sums[j][lane + 32 * e], w, v[e]);
     }
@@ -112,6 +117,7 @@
     for (int e = 0; e < E; ++e) {
       const int d = lane + 32 * e;
       float x = v[e] * norm * signs[d];
+      if (CENTRE) x = fma(flagged, d < head_dim ? value_mean[head / (H / shape[1]) * head_dim + d] : 0.0f, x);
       if (TAIL > 0) {
         for (int j = 0; j < NSG; ++j) x = fma(tail_sums[j][d], fast::exp2(tail_m[j] - top), x);
       }

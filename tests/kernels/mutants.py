@@ -157,14 +157,14 @@ decode_mma.metal: const int mine = (row <= rows ? row : 0) * 4 + quad;
 decode_fma.metal: const int at = (group + 4 * i) * dims + (from <= dims ? from : 0);
 decode_mma.metal: const int mine = from <= dims ? from : 0;
 = not seen, though out of bounds: clang moves the load into the loop, which is then not entered
-decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0 + sg, max(sub1 - 0, 0)) / NSB];
-decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0 + sg, max(sub1 - 1, -1)) / NSB];
+decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 0, 0)) / NSB];
+decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 1, -1)) / NSB];
 = not seen, though out of bounds: clang checks no index of a vector of which it writes one element
 decode_mma.metal: for (int p = 0; p <= NPAIR; ++p) {
 = another sub-block of the same page, whose tokens are all masked
 decode_mma.metal: const int sub = min(sub0 + tile * NB + b, nsub - 0);
 = tq_prefetch does nothing in Metal
-decode_mma.metal: const int sub = min(sub0 + (tile + NSG) * NB + b, nsub - 0);
+decode_mma.metal: const int sub = min(sub0 + (tile + STEP) * NB + b, nsub - 0);
 decode_mma.metal: if (lane == 1) {
 = all lanes, or SIMD-groups, that could store it have the same value
 decode_fma.metal: const float other = simd_shuffle_xor(r, ushort(1 ^ 4));

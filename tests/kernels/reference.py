@@ -1,9 +1,12 @@
 """Attention over pages in float64, straight from what ``codec.decode`` gives."""
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import numpy as np
 
 from vllm_metal_tq import codec
+from vllm_metal_tq.centre import Centre
 from vllm_metal_tq.config import TurboQuantConfig
 from vllm_metal_tq.kernels.decode import TAIL, Options
 from vllm_metal_tq.layout import PageLayout
@@ -13,6 +16,61 @@ from vllm_metal_tq.rotation import unrotate
 
 def float64(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Centring:
+    """What of a random ``Centre`` and of its use matters.
+
+    Attributes:
+        mu: length of mean keys, and
+        mean: of mean values, relative to those of keys and values.
+        base: of the rotary embedding's angles.
+        turned: elements that it turns; all of them if None.
+        neighbours: whether elements next to each other are a pair, or those half of them apart.
+        shift: positions of each sequence less indices.
+        flagged: share of the tokens whose mean was left out.
+    """
+
+    mu: float = 1.0
+    mean: float = 0.1
+    base: float = 1e6
+    turned: int | None = None
+    neighbours: bool = False
+    shift: tuple[int, ...] = (0,)
+    flagged: float = 0.7
+
+    def centre(self, rng, num_kv_heads: int, head_dim: int) -> Centre:
+        turned = self.turned or head_dim
+        elements = np.arange(turned).reshape((-1, 2) if self.neighbours else (2, -1))
+        elements = elements if self.neighbours else elements.T
+        angles = self.base ** (-np.arange(turned // 2) / (turned // 2))
+        steps = np.round(angles / (2 * np.pi) * 2**32)
+        rest = np.arange(turned, head_dim).reshape(-1, 2)
+        pairs = np.concatenate([elements, rest])
+        steps = np.concatenate([steps, np.zeros(len(rest))])
+        smoothing = np.ones((num_kv_heads, head_dim))
+        smoothing[:, pairs] = np.exp(0.3 * rng.normal(size=(num_kv_heads, head_dim // 2, 1)))
+        # A few pairs hold most of a mean, as in models.
+        mu = rng.normal(size=(num_kv_heads, head_dim)) * np.exp(rng.normal(size=head_dim))
+        mu *= self.mu * head_dim**0.5 / np.linalg.norm(mu, axis=1, keepdims=True)
+        mean = self.mean * rng.normal(size=(num_kv_heads, head_dim))
+        return Centre(
+            np.column_stack([pairs, steps]).astype(np.uint32),
+            *(mx.array(x.astype(np.float32)) for x in (mu, smoothing, mean)),
+        )
+
+
+def turned_means(centre: Centre, positions: np.ndarray) -> np.ndarray:
+    """R_j mu in float64, by its definition: ``(num_kv_heads, positions, head_dim)``."""
+    first, second, steps = centre.pairs.astype(np.uint64).T
+    phases = (positions.astype(np.uint64)[:, None] * steps) % 2**32
+    cos, sin = (f(phases * (2 * np.pi / 2**32)) for f in (np.cos, np.sin))
+    mu = float64(centre.mu)[:, None]
+    turned = np.empty((len(mu), len(positions), mu.shape[2]))
+    turned[..., first] = mu[..., first] * cos - mu[..., second] * sin
+    turned[..., second] = mu[..., second] * cos + mu[..., first] * sin
+    return turned
 
 
 class Case:
@@ -31,10 +89,27 @@ class Case:
         dtype=mx.float16,
         sinks=False,
         loud=1.0,
+        centring=None,
         seed=0,
         **options,
     ):
-        """``lengths``: tokens of each sequence in pages; ``tail`` more lie in a ring."""
+        """Make it.
+
+        Args:
+            lengths: tokens of each sequence in pages; ``tail`` more lie in a ring.
+            heads: query heads and KV heads.
+            rows: query rows.
+            head_dim: size of a head.
+            bits: of keys and values.
+            block_size: tokens of a page.
+            tail: see ``lengths``.
+            dtype: of queries and tail.
+            sinks: whether there are any.
+            loud: size of the queries.
+            centring: how keys and values are centred, or None.
+            seed: of random numbers.
+            options: of ``Options``.
+        """
         rng = np.random.default_rng(seed)
         self.layout = PageLayout(TurboQuantConfig(*bits, block_size), head_dim)
         num_heads, num_kv_heads = heads
@@ -48,16 +123,23 @@ class Case:
         for i, (length, count) in enumerate(zip(lengths, per_sequence, strict=True)):
             table[i, :count], shuffled = shuffled[:count], shuffled[count:]
             if length:
-                keys, values = (
-                    mx.array(rng.normal(size=(num_kv_heads, length, head_dim)).astype(np.float32))
-                    for _ in range(2)
-                )
+                keys, values = rng.normal(size=(2, num_kv_heads, length, head_dim))
+                keys[:, 2::7] = values[:, 3::7] = 0  # their scales are 0, or -0 with a flag
+                stored = (mx.array(x.astype(np.float32)) for x in (keys, values))
+                rows_ = np.array(codec.encode(*stored, self.layout))
+                if centring:
+                    scales = rows_[..., -4:].view(np.uint16)
+                    scales |= (rng.random(scales.shape) < centring.flagged).astype(np.uint16) << 15
                 place = np.arange(length)
                 slots = table[i, place // block_size] * block_size + place % block_size
-                self.pool.write(slots, codec.encode(keys, values, self.layout))
+                self.pool.write(slots, mx.array(rows_))
         self.paged = list(lengths)
         self.block_table = mx.array(table)
-        self.lengths = mx.array([[n, n + tail, 0] for n in lengths], dtype=mx.int32)
+        self.centre = centring and centring.centre(rng, num_kv_heads, head_dim)
+        self.shift = np.resize(centring.shift if centring else 0, len(lengths)).tolist()
+        self.lengths = mx.array(
+            [[n, n + tail, shift] for n, shift in zip(lengths, self.shift, strict=True)], mx.int32
+        )
 
         def random(*shape, size=1.0):
             return mx.array((rng.normal(size=shape) * size).astype(np.float32)).astype(dtype)
@@ -81,8 +163,8 @@ class Case:
             self.options,
             tail=self.tail,
             sinks=self.sinks,
-            max_tokens=max(self.paged),
-            **more,
+            centre=self.centre,
+            **{"max_tokens": max(self.paged)} | more,
         )
 
     def expected(self) -> np.ndarray:
@@ -123,6 +205,15 @@ class Case:
             float64(unrotate(x.flatten(1, 2), self.layout.head_dim))[:, : self.paged[i]]
             for x in codec.decode(pages, self.layout)
         ]
+        if self.centre:
+            positions = self.shift[i] + np.arange(self.paged[i])
+            means = turned_means(self.centre, positions), float64(self.centre.value_mean)[:, None]
+            flags = (
+                np.array(x).reshape(len(x), -1, 1)[:, : self.paged[i]]
+                for x in codec.flags(pages, self.layout)
+            )
+            parts[0] /= float64(self.centre.smoothing)[:, None]
+            parts = [x + flag * mean for x, flag, mean in zip(parts, flags, means, strict=True)]
         if self.tail is not None:
             slots = np.arange(*self.lengths[i, :2].tolist()) % TAIL
             tails = [float64(x[i])[:, slots] for x in self.tail]

@@ -8,9 +8,11 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from ..centre import Centre
 from ..codebook import value_codebook
 from ..layout import PLANE_BITS, PageLayout
 from ..rotation import hadamard_factor, signs
+from . import centre as tables
 from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
 MAX_ROWS = 8
@@ -20,6 +22,10 @@ THREADGROUP_BYTES = 32768
 SIMD = 32
 MERGE_SIMDGROUPS = 8  # of a threadgroup
 WAVE = 2112  # SIMD-groups in flight: 16 on each of an H200's 132 processors
+
+WINDOWS = 128, 96, 64, 32  # tokens that decode_mma may centre at a time
+MIN_WINDOW = WINDOWS[-1]
+FMA_WINDOW = 64  # tokens that decode_fma centres at a time
 
 LOG2E = 1 / math.log(2)
 
@@ -53,6 +59,7 @@ def decode(
     *,
     tail: tuple[mx.array, mx.array] | None = None,
     sinks: mx.array | None = None,
+    centre: Centre | None = None,
     max_tokens: int,
     variant: str | None = None,
     execute: Executor = on_gpu,
@@ -72,6 +79,7 @@ def decode(
             head_dim)`` each in the queries' dtype: the token of index i lies in slot i % TAIL.
             The tokens ``lengths[:, 0]`` and on are read from it.
         sinks: a learned logit for each head, ``(num_heads,)``.
+        centre: calibration that the pages were encoded with, or None.
         max_tokens: at least the largest of ``lengths[:, 0]``; it decides how the work is split.
         variant: ``mma`` or ``fma``; None is ``variant_for`` this GPU.
         execute: what runs the launches.
@@ -80,32 +88,36 @@ def decode(
         ``(B, num_heads, L, head_dim)`` in the queries' dtype.
     """
     paged = _decode_launch(
-        queries, pages, block_table, lengths, layout, options, max_tokens, variant
+        queries, pages, block_table, lengths, layout, options, centre, max_tokens, variant
     )
     (partial,) = execute(paged)
-    merged = _merge_launch(partial, queries, lengths, layout, options, pages.shape[1], tail, sinks)
+    num_kv_heads = pages.shape[1]
+    merged = _merge_launch(
+        partial, queries, lengths, layout, options, centre, num_kv_heads, tail, sinks
+    )
     return execute(merged)[0]
 
 
 def _decode_launch(
-    queries, pages, block_table, lengths, layout, options, max_tokens, variant
+    queries, pages, block_table, lengths, layout, options, centre, max_tokens, variant
 ) -> Launch:
-    """What the pages give: float32 ``(B, num_heads, L, splits, dim + 2)``."""
+    """What the pages give: float32 ``(B, num_heads, L, splits, dim + 2 + CENTRE)``."""
     (batch, num_heads, rows, head_dim), num_kv_heads = queries.shape, pages.shape[1]
     dim, columns = layout.dim, rows * num_heads // num_kv_heads
     variant = variant or variant_for(columns, dim)
     width = min(columns, 8 if variant == "mma" else _most_for_fma(dim))
     groups = -(-columns // width)
-    simdgroups = _simdgroups(width, dim)
+    simdgroups = _simdgroups(width, dim, centre is not None)
     splits = _splits(max_tokens, batch * num_kv_heads * groups, simdgroups)
+    centring = _centring(centre, variant, width, dim, -(-max_tokens // (splits * simdgroups)))
     max_blocks, v_bits = block_table.shape[1], layout.config.v_bits
     levels = value_codebook(v_bits).coefficients
     key_planes, value_planes = PLANE_BITS[layout.config.k_bits], PLANE_BITS[v_bits]
-    template = _template(queries, layout, options) | {"BS": layout.config.block_size}
+    template = _template(queries, layout, options, centre) | {"BS": layout.config.block_size}
     template |= dict(zip(("KL", "KH"), (*key_planes, 0), strict=False))
     template |= dict(zip(("VL", "VH"), (*value_planes, 0), strict=False))
     template |= {"N": width, "NSG": simdgroups, "NB": _sub_blocks(layout)}
-    template |= {"SPARSE": int(options.sparse_v > 0)}
+    template |= {"SPARSE": int(options.sparse_v > 0)} | centring.template
     return Launch(
         f"decode_{variant}",
         {
@@ -113,20 +125,24 @@ def _decode_launch(
             "pages": pages,
             "block_table": block_table,
             "lengths": lengths,
-            "signs": signs(dim),
+            "signs": centring.signs,
+            "means": centring.means,
+            "turns": centring.turns,
             "shape": integers(
                 num_heads, num_kv_heads, rows, head_dim, max_blocks, groups, options.window
             ),
             "numbers": numbers(*_logits(options), options.sparse_v, *levels),
         },
         template,
-        {"partial": ((batch, num_heads, rows, splits, dim + 2), mx.float32)},
+        {"partial": ((batch, num_heads, rows, splits, dim + 2 + (centre is not None)), mx.float32)},
         (splits * simdgroups * SIMD, num_kv_heads * groups, batch),
         (simdgroups * SIMD, 1, 1),
     )
 
 
-def _merge_launch(partial, queries, lengths, layout, options, num_kv_heads, tail, sinks) -> Launch:
+def _merge_launch(
+    partial, queries, lengths, layout, options, centre, num_kv_heads, tail, sinks
+) -> Launch:
     """Splits and tail together, rotated back: the shape and dtype of ``queries``."""
     (batch, num_heads, rows, head_dim), splits = queries.shape, partial.shape[3]
     keys, values = tail or (queries, queries)
@@ -141,10 +157,11 @@ def _merge_launch(partial, queries, lengths, layout, options, num_kv_heads, tail
             "tail_values": values,
             "sinks": signs(layout.dim) if sinks is None else sinks.astype(mx.float32),
             "signs": signs(layout.dim),
+            "value_mean": centre.value_mean if centre else signs(layout.dim),
             "shape": integers(num_heads, num_kv_heads, rows, head_dim, splits, options.window),
             "numbers": numbers(*_logits(options)),
         },
-        _template(queries, layout, options)
+        _template(queries, layout, options, centre)
         | {"NSG": MERGE_SIMDGROUPS, "TAIL": TAIL if tail else 0, "SINKS": int(sinks is not None)},
         {"attended": (queries.shape, queries.dtype)},
         (batch * num_heads * rows * threads, 1, 1),
@@ -152,11 +169,63 @@ def _merge_launch(partial, queries, lengths, layout, options, num_kv_heads, tail
     )
 
 
-def _template(queries: mx.array, layout: PageLayout, options: Options) -> dict:
+def _template(queries, layout: PageLayout, options: Options, centre: Centre | None) -> dict:
     """The constants of both launches."""
     dim = layout.dim
-    softcap = int(options.softcap > 0)
-    return {"T": queries.dtype, "D": dim, "M": hadamard_factor(dim), "SOFTCAP": softcap}
+    return {
+        "T": queries.dtype,
+        "D": dim,
+        "M": hadamard_factor(dim),
+        "SOFTCAP": int(options.softcap > 0),
+        "CENTRE": int(centre is not None),
+    }
+
+
+@dataclass(frozen=True)
+class _Centring:
+    """What centring adds to ``_decode_launch``."""
+
+    signs: mx.array
+    means: mx.array
+    turns: mx.array
+    template: dict[str, int]
+
+
+def _centring(centre, variant: str, width: int, dim: int, tokens: int) -> _Centring:
+    """For SIMD-groups that attend to so many tokens each."""
+    if centre is None:
+        template = {"S": MIN_WINDOW} | ({"TURNED": 0} if variant == "fma" else {})
+        return _Centring(signs(dim), signs(dim), tables.nothing(), template)
+    if variant == "mma":
+        window = _window(centre, width, dim, tokens)
+        turns, more = tables.fragments(centre, dim, window, dialect()), {}
+    else:
+        window = FMA_WINDOW
+        turns, turned = tables.rows(centre, dim, window)
+        more = {"TURNED": turned}
+    own = tables.smoothed_signs(centre, dim), tables.means(centre, dim), turns
+    return _Centring(*own, {"S": window} | more)
+
+
+def _window(centre: Centre, width: int, dim: int, tokens: int) -> int:
+    """Tokens of a window of ``decode_mma``.
+
+    The longer the fewer are computed; but not beyond the tokens of a SIMD-group, what its
+    threadgroup memory holds, or what the tables' functions span.
+    """
+    return next(
+        window
+        for window in WINDOWS
+        if (windows_at_once(width) * window < tokens + MIN_WINDOW or window == MIN_WINDOW)
+        and _threadgroup_bytes(_simdgroups(width, dim, True), width, dim, window)
+        <= THREADGROUP_BYTES
+        and tables.fits(centre, dim, window)
+    )
+
+
+def windows_at_once(width: int) -> int:
+    """So many that they and the columns fill 8 columns of a fragment; see ``metal/centre.h``."""
+    return 8 >> (width - 1).bit_length()
 
 
 def variant_for(columns: int, dim: int) -> str:
@@ -182,12 +251,20 @@ def _logits(options: Options) -> tuple[float, float]:
     return LOG2E * options.scale, 0.0
 
 
-def _simdgroups(width: int, dim: int) -> int:
-    """SIMD-groups of a threadgroup: 8, or as many as its memory holds."""
-    count = 8
-    while 4 * count * width * (dim + 2) > THREADGROUP_BYTES:
+def _simdgroups(width: int, dim: int, centred: bool) -> int:
+    """SIMD-groups of a threadgroup: 8, 4 with centring, or as many as its memory holds."""
+    count, window = (4, MIN_WINDOW) if centred else (8, 0)
+    while _threadgroup_bytes(count, width, dim, window) > THREADGROUP_BYTES:
         count //= 2
     return count
+
+
+def _threadgroup_bytes(simdgroups: int, width: int, dim: int, window: int) -> int:
+    """Threadgroup memory of a decode kernel; a window of 0 is no centring."""
+    coefficients = 8 * (dim + 16) if window else 0
+    logits = max(windows_at_once(width) * window * -(-width // 2) * 2, 2 * width * (dim // 2 + 4))
+    pool = max(width * dim, logits + 16 * (width + 1)) if window else width * dim
+    return 4 * (simdgroups * (pool + 3 * width) + coefficients)
 
 
 def _sub_blocks(layout: PageLayout) -> int:
