@@ -22,7 +22,8 @@
   uint codes[8];
   if (of_value) tq_eight_codes<V_LOW, V_HIGH>(codes, page, row + V_LOW_AT, row + V_HIGH_AT, d);
   else tq_eight_codes<K_LOW, K_HIGH>(codes, page, row + K_LOW_AT, row + K_HIGH_AT, d);
-  const float scale = float(tq_low(tq_load_half(page + row[SCALES_AT + (of_value ? 2 : 0)])));
+  // The sign is a flag, see vllm_metal_tq/centre.py.
+  const float scale = fabs(float(tq_low(tq_load_half(page + row[SCALES_AT + (of_value ? 2 : 0)]))));
   const int first_level = of_value ? 1 << (K_LOW + K_HIGH) : 0;
   float x[8];
   TQ_UNROLL

@@ -6,6 +6,7 @@ import pytest
 from models import llama, tokens
 
 from vllm_metal_tq import TurboQuantConfig, dispatch, make_prompt_cache, msl
+from vllm_metal_tq.integrations.mlx_lm import calibrate
 from vllm_metal_tq.kernels.launch import on_gpu
 from vllm_metal_tq.kernels.selfcheck import Check
 from vllm_metal_tq.layout import PageLayout
@@ -48,12 +49,14 @@ def test_a_head_dim_beyond_the_kernels_is_left_to_the_reference(gpu):
 
 
 @pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))
-def test_a_model_says_the_same_through_kernels_and_through_the_reference(monkeypatch):
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_model_says_the_same_through_kernels_and_through_the_reference(calibrated, monkeypatch):
     model = llama(num_hidden_layers=1)
-    sequence, ends = tokens(64), [0, 40, 41, 42, 45, 57, 58]
+    sequence, ends = tokens(96), [0, 60, 61, 62, 65, 80, 81]
+    calibration = calibrate(model, tokens(100, seed=1)[0].tolist()) if calibrated else None
 
     def logits():
-        cache = make_prompt_cache(model, TurboQuantConfig(8, 6))
+        cache = make_prompt_cache(model, TurboQuantConfig(8, 6), calibration=calibration)
         chunks = itertools.pairwise(ends)
         return mx.concatenate([model(sequence[:, a:b], cache=cache) for a, b in chunks], axis=1)
 
@@ -63,9 +66,9 @@ def test_a_model_says_the_same_through_kernels_and_through_the_reference(monkeyp
     monkeypatch.setattr(mx, "compile", lambda function: function)
 
     def execute(launch):
-        launched.append(launch.kernel)
+        launched.append((launch.kernel, launch.template.get("CENTRE", 0)))
         return simulate(launch)
 
     error = mx.abs(logits() - expected).max().item()
     assert error < 5e-3 * mx.abs(expected).max().item()
-    assert {"encode", "gather", "decode_fma", "merge"} <= set(launched)
+    assert {("decode_fma", calibrated), ("merge", calibrated), ("gather", 0)} <= set(launched)

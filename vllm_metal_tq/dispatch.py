@@ -7,7 +7,7 @@ this very machine. Everywhere else, and for what the kernels do not cover, the r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from .layout import PageLayout
 from .pages import BlockTable, places, scatter
 from .tail import Tail, pushed, sources
 
+SLICE = 4096  # tokens to which means are added at a time, in float32; whole blocks
 
 @lru_cache
 def executor(layout: PageLayout) -> Executor | None:
@@ -128,7 +129,7 @@ def _compiled_store(layout: PageLayout, execute: Executor) -> Callable[..., tupl
 
 @lru_cache
 def _compiled_decode(
-    layout: PageLayout, scale: float, max_tokens: int, execute: Executor
+    layout: PageLayout, scale: float, max_tokens: int, centre: Centre | None, execute: Executor
 ) -> Callable[..., mx.array]:
     def decode(queries, pages, block_table, lengths, tail_keys, tail_values, sinks):
         tail = tail_keys, tail_values
@@ -141,6 +142,7 @@ def _compiled_decode(
             decode_kernel.Options(scale),
             tail=tuple(x[None].astype(queries.dtype) for x in tail),
             sinks=sinks,
+            centre=centre,
             max_tokens=max_tokens,
             execute=execute,
         )
@@ -166,11 +168,11 @@ def attend_last(
     """
     layout, rows = table.pool.layout, queries.shape[2]
     past_length = table.num_tokens - tail.length
-    execute = executor(layout) if centre is None else None
+    execute = executor(layout)
     if past_length and execute and _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS:
         # A power of two, so that a growing context seldom asks for another compiled function.
         max_tokens = 1 << (past_length - 1).bit_length()
-        return _compiled_decode(layout, scale, max_tokens, execute)(
+        return _compiled_decode(layout, scale, max_tokens, centre, execute)(
             queries,
             table.pool.pages,
             table.block_table,
@@ -226,7 +228,7 @@ def attend(
         ``(1, num_heads, L, head_dim)`` in the queries' dtype.
     """
     layout, rows = table.pool.layout, queries.shape[2]
-    execute = executor(layout) if centre is None else None
+    execute = executor(layout)
     if past_length and not execute and rows == 1 and _in_order(mask, rows):
         return cpu.attend_token(
             queries,
@@ -266,4 +268,23 @@ def _read(
         return [x.flatten(1, 2)[None, :, :past_length] for x in past]
     blocks = table.block_table[0]
     past = gather_kernel.gather(pool.pages, blocks, past_length, pool.layout, dtype, execute)
+    if centre:
+        past = _with_means(past, table, centre, shift)
     return [x[None] for x in past]
+
+
+def _with_means(
+    past: Sequence[mx.array], table: BlockTable, centre: Centre, shift: int
+) -> list[mx.array]:
+    """What gather made of pages, with the means of flagged tokens, slice by slice."""
+    size = table.pool.layout.config.block_size
+    slices = []
+    for start in range(0, past[0].shape[1], SLICE):
+        keys, values = (x[:, start : start + SLICE] for x in past)
+        count = keys.shape[1]
+        pages = table.pool.read(table.blocks[start // size : -(-(start + count) // size)])
+        flags = (x.flatten(1)[:, :count] for x in codec.flags(pages, table.pool.layout))
+        positions = mx.arange(start + shift, start + shift + count)
+        means_added = codec.add_means(keys, values, *flags, centre, positions)
+        slices.append([x.astype(keys.dtype) for x in means_added])
+    return [mx.concatenate(x, axis=1) for x in zip(*slices, strict=True)]

@@ -18,11 +18,12 @@ def layout(k_bits=4, v_bits=4, head_dim=64, block_size=16):
 
 
 def random_pages(page, seed=0):
-    """Pages of random codes, and scales in the range of real ones."""
+    """Pages of random codes, and scales in the range of real ones, with random flags."""
     rng = np.random.default_rng(seed)
     shape = (NUM_BLOCKS, HEADS, page.config.block_size)
     pages = rng.integers(0, 256, (NUM_BLOCKS, HEADS, page.page_bytes), np.uint8)
     scales = rng.uniform(0.1, 2, (*shape, 2)).astype(np.float16)
+    scales *= rng.choice([-1, 1], scales.shape).astype(np.float16)
     pages[..., page.byte_offsets[:, page.code_bytes :]] = scales.view(np.uint8)
     return mx.array(pages)
 

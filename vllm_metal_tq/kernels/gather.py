@@ -23,7 +23,7 @@ def gather(
     dtype: mx.Dtype = mx.float16,
     execute: Executor = on_gpu,
 ) -> tuple[mx.array, mx.array]:
-    """Decompress the pages of one sequence, as ``codec.decode`` does.
+    """Decompress the pages of one sequence, as ``codec.decode`` does without a centre.
 
     Args:
         pages: uint8 ``(num_blocks, num_kv_heads, page_bytes)``.
