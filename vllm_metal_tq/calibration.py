@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
 from .centre import Centre, turn
-from .rope import Rope
+from .rope import Rope, constant
 
 FILE_NAME = "turboquant.safetensors"  # in a model's folder
 _FORMAT = "vllm-metal-tq calibration"
 _VERSION = "1"
 _PARTS = ("pairs", "mu", "smoothing", "value_mean")
-_EXPONENT = 1 / 8  # of (E[q^2] / E[k^2]); docs/quality.md
+_EXPONENT = 1 / 8  # of E[q^2] / E[(k - mu)^2]; docs/quality.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +142,7 @@ class Statistics:
     def __init__(self, rope: Rope | None):
         self._rope = rope
         self._count = 0
+        self._near: mx.array | None = None  # about the keys' mean, else squares would cancel
         self._sums: list[mx.array] = []
 
     def add(self, queries: mx.array, keys: mx.array, values: mx.array, start: int) -> None:
@@ -151,6 +152,9 @@ class Statistics:
         if self._rope:
             positions = mx.arange(start, start + count)
             keys = turn(keys, positions, self._rope.pairs, inverse=True)
+        if self._near is None:
+            self._near = keys.mean(axis=1, keepdims=True)
+        keys = keys - self._near
         squares = mx.square(queries).reshape(num_kv_heads, -1, head_dim)
         sums = [x.sum(axis=1) for x in (keys, mx.square(keys), values)]
         sums.append(squares.mean(axis=1) * count)
@@ -160,14 +164,13 @@ class Statistics:
 
     def centre(self) -> Centre:
         """The centre of the tokens so far."""
-        mu, square, value_mean, query_square = (x / self._count for x in self._sums)
+        rest, square, value_mean, query_square = (x / self._count for x in self._sums)
+        mu = rest + self._near[:, 0]
         if not self._rope:
-            from .rope import constant
-
             pairs = constant(mu.shape[1]).pairs
             return Centre(pairs, mx.zeros_like(mu), mx.ones_like(mu), value_mean)
         pairs = self._rope.pairs
-        spread = _by_pair(np.array(square - mx.square(mu)), pairs)
+        spread = _by_pair(np.array(square - mx.square(rest)), pairs)
         t = (_by_pair(np.array(query_square), pairs) / spread) ** _EXPONENT
         t /= np.exp(np.log(t).mean(axis=1, keepdims=True))
         return Centre(pairs, mu, mx.array(t.astype(np.float32)), value_mean)
