@@ -20,17 +20,21 @@ openblas.preload()
 import baselines  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
+from vllm_metal_tq.cli.common import CALIBRATION_TOKENS  # noqa: E402
 from vllm_metal_tq.evaluate import Quality  # noqa: E402
+from vllm_metal_tq.integrations.mlx_lm import calibrate  # noqa: E402
 from vllm_metal_tq.sweep import OURS, Method, Point  # noqa: E402
 
 TOGETHER = 6  # methods measured in one go; the uncompressed cache runs once for each such group
 BUDGETS = [2.5 + 0.25 * i for i in range(23)]
 
 
-def ours(model, window: int) -> list[Method]:
-    """Our widths, with the tail and without."""
+def ours(model, tokenizer, window: int) -> list[Method]:
+    """Our widths, calibrated as at first use, with the tail and without."""
+    text = (files("vllm_metal_tq") / "data" / "calibration.txt").read_text(encoding="utf-8")
+    calibration = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
     return [
-        sweep.compressed(model, TurboQuantConfig(*pair), window, tail=tail)
+        sweep.compressed(model, TurboQuantConfig(*pair), window, calibration=calibration, tail=tail)
         for tail in (True, False)
         for pair in sweep.PAIRS
     ]
@@ -106,7 +110,7 @@ def main():
     file = args.out / "points.json"
     points = _stored(file, run)
     model, tokenizer = demo_model.load()
-    wanted = [] if args.only == "others" else ours(model, args.window)
+    wanted = [] if args.only == "others" else ours(model, tokenizer, args.window)
     if args.only != "ours":
         head_dim = model.args.hidden_size // model.args.num_attention_heads
         wanted += others(head_dim, args.window)

@@ -211,20 +211,30 @@ def best_within(points: Iterable[Point], bits: float) -> Point | None:
     return min((p for p in points if p.bits <= bits), key=lambda point: point.kl, default=None)
 
 
+def rows(points: Sequence[Point]) -> list[list[str]]:
+    """A table's cells by rising bits: name, bits, KL twice, perplexity, top-1, on the frontier."""
+    best = frontier(points)
+    return [
+        [
+            point.name,
+            f"{point.bits:.2f}",
+            f"{point.kl:.5f}",
+            f"{point.quality.kl_p99:.4f}",
+            f"{point.quality.dppl_percent:+.2f} %",
+            f"{100 * point.quality.top1:.1f} %",
+            "yes" if point in best else "",
+        ]
+        for point in sorted(points, key=lambda point: (point.bits, point.kl))
+    ]
+
+
 def markdown(points: Sequence[Point]) -> str:
-    """A Markdown table of the points by rising bits; those on the frontier are marked."""
-    marked = frontier(points)
+    """The same as a Markdown table."""
     lines = [
         "| cache | bits | KL mean | KL p99 | perplexity | top-1 | on the frontier |",
         "|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(cells)} |" for cells in rows(points)),
     ]
-    for point in sorted(points, key=lambda point: (point.bits, point.kl)):
-        q = point.quality
-        lines.append(
-            f"| {point.name} | {q.bits_per_element:.2f} | {q.kl_mean:.5f} | {q.kl_p99:.4f} "
-            f"| {q.dppl_percent:+.2f} % | {100 * q.top1:.1f} % "
-            f"| {'yes' if point in marked else ''} |"
-        )
     return "\n".join(lines) + "\n"
 
 
