@@ -1,9 +1,10 @@
-"""The table of docs/quality.md: every preset, and what limits the low widths.
+"""The tables of docs/quality.md: every preset, and what each part of the method is worth.
 
-python benchmarks/quality.py [--text FILE] [--tokens 1024]
+python benchmarks/quality.py [--text FILE] [--window 1024] [--tokens 1024] [--parts]
 """
 
 import argparse
+from dataclasses import replace
 
 from vllm_metal_tq import openblas
 
@@ -12,36 +13,81 @@ openblas.preload()
 from importlib.resources import files  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from vllm_metal_tq import TurboQuantConfig, demo_model  # noqa: E402
-from vllm_metal_tq.evaluate import evaluate  # noqa: E402
+import mlx.core as mx  # noqa: E402
 
-# (key bits, value bits, tokens that a query sees as they came)
-CASES = (
-    *((8, 6, 1), (6, 5, 1), (4, 4, 1), (3, 3, 1), (2, 2, 1), (8, 3, 1)),
-    *((2, 8, 1), (8, 2, 1), (3, 2, 1), (4, 2, 1)),
-    *((4, 4, 33), (3, 3, 33), (2, 2, 33)),
-)
+from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
+from vllm_metal_tq.calibration import Calibration  # noqa: E402
+from vllm_metal_tq.cli.common import CALIBRATION_TOKENS  # noqa: E402
+from vllm_metal_tq.config import PRESETS  # noqa: E402
+from vllm_metal_tq.integrations.mlx_lm import calibrate  # noqa: E402
+
+PARTS = ("tq4", "tq3", "tq2")  # the presets whose parts are measured
+
+
+def shipped(name: str) -> str:
+    return (files("vllm_metal_tq") / "data" / name).read_text(encoding="utf-8")
+
+
+def without(calibration: Calibration, *parts: str) -> Calibration:
+    """``calibration`` with means set to 0 and smoothing to 1."""
+
+    def neutral(centre):
+        changes = {
+            part: (mx.ones_like if part == "smoothing" else mx.zeros_like)(getattr(centre, part))
+            for part in parts
+        }
+        return centre and replace(centre, **changes)
+
+    return replace(calibration, centres=tuple(map(neutral, calibration.centres)))
+
+
+def methods(model, window: int, calibration: Calibration, parts: bool) -> list[sweep.Method]:
+    """The presets; or, of some of them, the method with one part after the other."""
+
+    def method(preset: str, calibration, tail: bool, name: str) -> sweep.Method:
+        config = TurboQuantConfig.from_names(preset)
+        made = sweep.compressed(model, config, window, calibration=calibration, tail=tail)
+        return replace(made, name=f"{preset}, {name}")
+
+    if not parts:
+        kinds = ((calibration, True, "default"), (calibration, False, "without tail"))
+        return [method(preset, *kind) for preset in PRESETS for kind in kinds]
+    kinds = (
+        (None, False, "codes alone"),
+        (without(calibration, "smoothing", "value_mean"), False, "+ centred keys"),
+        (without(calibration, "value_mean"), False, "+ smoothing"),
+        (calibration, False, "+ value mean"),
+        (calibration, True, "+ tail"),
+    )
+    return [method(preset, *kind) for preset in PARTS for kind in kinds]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--text", type=Path, default=files("vllm_metal_tq") / "data" / "alice.txt")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--parts", action="store_true", help="what each part is worth")
     args = parser.parse_args()
+    text = args.text.read_text(encoding="utf-8") if args.text else shipped("alice.txt")
     model, tokenizer = demo_model.load()
-    ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))
-    print(
-        "| keys / values | as they came | bits | perplexity | change | KL mean | KL p99 | top-1 |"
+    calibration = calibrate(
+        model, tokenizer.encode(shipped("calibration.txt"))[:CALIBRATION_TOKENS]
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for k_bits, v_bits, raw_window in CASES:
-        config = TurboQuantConfig(k_bits, v_bits)
-        q = evaluate(model, ids, config, tokens=args.tokens, raw_window=raw_window)
+    points = sweep.measure(
+        model,
+        tokenizer.encode(text),
+        methods(model, args.window, calibration, args.parts),
+        window=args.window,
+        tokens=args.tokens,
+    )
+    print("| cache | bits | perplexity | change | KL mean | KL p99 | top-1 |")
+    print("|---|---|---|---|---|---|---|")
+    for point in points:
+        q = point.quality
         print(
-            f"| {config.label} ({k_bits} / {v_bits}) | {raw_window} | {q.bits_per_element:.2f} "
-            f"| {q.ppl:.2f} | {q.dppl_percent:+.2f} % | {q.kl_mean:.4f} | {q.kl_p99:.3f} "
-            f"| {100 * q.top1:.1f} % |",
-            flush=True,
+            f"| {point.name} | {q.bits_per_element:.2f} | {q.ppl:.2f} | {q.dppl_percent:+.2f} % "
+            f"| {q.kl_mean:.5f} | {q.kl_p99:.4f} | {100 * q.top1:.1f} % |"
         )
     print(f"\n{q.tokens} positions; perplexity with the uncompressed cache: {q.ppl_reference:.2f}")
 
