@@ -74,3 +74,33 @@ def test_an_unknown_width_is_refused(bits):
 
 def test_block_sizes_fill_sub_blocks():
     assert all(size % SUB_BLOCK == 0 for size in BLOCK_SIZES)
+
+
+class TestLayers:
+    def test_some_layers_have_widths_of_their_own(self):
+        config = TurboQuantConfig.from_names("tq4", layers="0-1=tq8, 29=q8_0/q6_0,1=q3_0/q2_0")
+        assert config.for_layer(0) == TurboQuantConfig(8, 6)
+        assert config.for_layer(1) == TurboQuantConfig(3, 2)
+        assert config.for_layer(2) == config.for_layer(28) == TurboQuantConfig(4, 4)
+        assert config.for_layer(29) == TurboQuantConfig(8, 6)
+
+    def test_names_come_back(self):
+        config = TurboQuantConfig.from_names(layers="0-1=tq8,29=q8_0/q3_0")
+        assert config.layers == "0-1=tq8,29=q8_0/q3_0"
+        assert config.label == "tq4,0-1=tq8,29=q8_0/q3_0"
+        assert TurboQuantConfig.from_names(layers=config.layers) == config
+        assert TurboQuantConfig.from_names().layers == ""
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            ("0-1", "expected such as 0-1=tq8"),
+            ("0:tq8", "expected such as"),
+            ("1-0=tq8", "layers 1-0 are no range"),
+            ("0=tq7", "preset 'tq7' is unknown"),
+            ("0=q4_0/q7_0", "v_quant 'q7_0' is unknown"),
+        ],
+    )
+    def test_what_cannot_be_read_is_refused(self, layers, message):
+        with pytest.raises(ValueError, match=message):
+            TurboQuantConfig.from_names(layers=layers)

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
 from .centre import Centre, turn
+from .config import TurboQuantConfig
 from .rope import Rope, constant
 
 FILE_NAME = "turboquant.safetensors"  # in a model's folder
@@ -29,10 +30,12 @@ class Calibration:
     Attributes:
         centres: one for each cache of the model's prompt cache, None where there is none.
         fingerprint: of the model that it was measured on; see ``fingerprint``.
+        config: widths for each layer, where they were measured as well.
     """
 
     centres: tuple[Centre | None, ...]
     fingerprint: str
+    config: TurboQuantConfig | None = None
 
     def save(self, file: Path) -> None:
         """Write a safetensors file; what it replaces stays whole until then."""
@@ -47,6 +50,7 @@ class Calibration:
             "version": _VERSION,
             "fingerprint": self.fingerprint,
             "layers": str(len(self.centres)),
+            "widths": self.config.layers if self.config else "",
         }
         # safetensors cannot be empty.
         arrays = arrays or {"none": mx.zeros(1)}
@@ -84,9 +88,11 @@ def load(file: Path, model: nn.Module) -> Calibration:
         )
     try:
         centres = [_centre(arrays, i) for i in range(int(metadata["layers"]))]
+        widths = metadata["widths"]
+        config = TurboQuantConfig.from_names(layers=widths) if widths else None
     except (KeyError, ValueError) as error:
         raise ValueError(f"calibration {str(file)!r} is damaged or foreign: {error}") from error
-    return Calibration(tuple(centres), metadata["fingerprint"])
+    return Calibration(tuple(centres), metadata["fingerprint"], config)
 
 
 def _centre(arrays: dict[str, mx.array], layer: int) -> Centre | None:

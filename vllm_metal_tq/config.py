@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -32,16 +33,25 @@ class TurboQuantConfig:
         k_bits: bits of a key code, one of ``WIDTHS``.
         v_bits: bits of a value code, one of ``WIDTHS``.
         block_size: tokens a page holds, one of ``BLOCK_SIZES``.
+        layer_overrides: layers with widths of their own, ``(first, last, k_bits, v_bits)`` each,
+            both ends included; a later one takes precedence. Layers are counted from 0, those
+            that are not compressed included.
     """
 
     k_bits: int
     v_bits: int
     block_size: int = 16
+    layer_overrides: tuple[tuple[int, int, int, int], ...] = ()
 
     def __post_init__(self):
         _one_of("k_bits", self.k_bits, WIDTHS)
         _one_of("v_bits", self.v_bits, WIDTHS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
+        for first, last, k_bits, v_bits in self.layer_overrides:
+            if not 0 <= first <= last:
+                raise ValueError(f"layers {first}-{last} are no range")
+            _one_of("k_bits", k_bits, WIDTHS)
+            _one_of("v_bits", v_bits, WIDTHS)
 
     @classmethod
     def from_names(
@@ -50,11 +60,13 @@ class TurboQuantConfig:
         k_quant: str | None = None,
         v_quant: str | None = None,
         block_size: int = 16,
+        layers: str | None = None,
     ) -> TurboQuantConfig:
         """Build a config from the names users write.
 
         ``k_quant`` and ``v_quant`` take precedence over ``preset``, each for its own half;
-        what nobody names comes from ``DEFAULT_PRESET``.
+        what nobody names comes from ``DEFAULT_PRESET``. ``layers`` gives some layers widths of
+        their own, as in ``0-1=tq8,29=q8_0/q6_0``.
 
         Raises:
             ValueError: a name is unknown; the message lists the known ones.
@@ -66,7 +78,23 @@ class TurboQuantConfig:
             k_bits = _bits("k_quant", k_quant)
         if v_quant is not None:
             v_bits = _bits("v_quant", v_quant)
-        return cls(k_bits, v_bits, block_size)
+        overrides = tuple(map(_override, layers.split(","))) if layers else ()
+        return cls(k_bits, v_bits, block_size, overrides)
+
+    def for_layer(self, layer: int) -> TurboQuantConfig:
+        """The config of one layer, without overrides."""
+        widths = self.k_bits, self.v_bits
+        for first, last, *own in self.layer_overrides:
+            widths = own if first <= layer <= last else widths
+        return TurboQuantConfig(*widths, self.block_size)
+
+    @property
+    def layers(self) -> str:
+        """The overrides as ``from_names`` takes them."""
+        return ",".join(
+            (f"{first}=" if first == last else f"{first}-{last}=") + TurboQuantConfig(*widths).label
+            for first, last, *widths in self.layer_overrides
+        )
 
     @property
     def k_quant(self) -> str:
@@ -86,8 +114,23 @@ class TurboQuantConfig:
 
     @property
     def label(self) -> str:
-        """How tables name it: the preset, or both widths as ``q8_0/q3_0``."""
-        return self.preset or f"{self.k_quant}/{self.v_quant}"
+        """How tables name it: the preset, or both widths as ``q8_0/q3_0``, and the overrides."""
+        name = self.preset or f"{self.k_quant}/{self.v_quant}"
+        return f"{name},{self.layers}" if self.layer_overrides else name
+
+
+def _override(text: str) -> tuple[int, int, int, int]:
+    """``(first, last, k_bits, v_bits)`` of text such as ``0-1=tq8`` or ``29=q8_0/q6_0``."""
+    found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?=(\w+)(?:/(\w+))?\s*", text)
+    if not found:
+        raise ValueError(f"layers {text!r}: expected such as 0-1=tq8 or 29=q8_0/q6_0")
+    first, last, name, v_name = found.groups()
+    if v_name:
+        widths = _bits("k_quant", name), _bits("v_quant", v_name)
+    else:
+        _one_of("preset", name, PRESETS)
+        widths = PRESETS[name]
+    return (int(first), int(last or first), *widths)
 
 
 def _bits(option: str, name: str) -> int:

@@ -37,6 +37,16 @@ def test_bytes_reported_are_bytes_allocated(model):
     assert (held.layers, held.layers_compressed) == (3, 3)
 
 
+def test_layers_may_have_widths_of_their_own(model):
+    config = TurboQuantConfig.from_names("tq4", block_size=32, layers="0=tq8,2=q3_0/q2_0")
+    cache = make_prompt_cache(model, config)
+    widths = [(8, 6, 32), (4, 4, 32), (3, 2, 32)]
+    assert [c.config for c in cache] == [TurboQuantConfig(*w) for w in widths]
+    assert len(greedy(model, cache)) == 12
+    with pytest.raises(ValueError, match="there is no layer 3: the model has 3"):
+        make_prompt_cache(model, TurboQuantConfig.from_names(layers="2-3=tq8"))
+
+
 def test_layers_that_are_not_compressed_count_as_they_are():
     pattern = ["sliding_attention", "full_attention"] * 2
     model = llama(num_hidden_layers=4, layer_types=pattern, sliding_window=8)

@@ -66,28 +66,34 @@ def make_prompt_cache(
 
     Args:
         model: a model that mlx_lm has loaded.
-        config: widths; ``TurboQuantConfig.from_names()``, the default preset, where None.
+        config: widths; where None those of the calibration, if it has any, or else the default
+            preset.
         max_kv_size: tokens that a layer keeps, as mlx_lm's flag of that name: beyond it the
             oldest blocks but the first are dropped.
         calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
             k_proj serves where a layer has one.
 
     Raises:
-        ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks, or the
-            calibration is of a model of another shape.
+        ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks, the
+            calibration is of a model of another shape, or the config names a layer that is not
+            there.
     """
-    config = config or TurboQuantConfig.from_names()
+    config = config or (calibration and calibration.config) or TurboQuantConfig.from_names()
     hook.install(model)
     caches, shapes = host.make_prompt_cache(model, max_kv_size), plain_attention(model)
     centres = (calibration or from_biases(model)).centres
     if len(centres) != len(shapes) or not all(map(_fits, centres, shapes)):
         raise ValueError("the calibration was measured on a model of another shape")
-    return [
-        cache
-        if shape is None
-        else TurboQuantKVCache(config, *shape, max_kv_size=max_kv_size, centre=centre)
-        for cache, shape, centre in zip(caches, shapes, centres, strict=True)
-    ]
+    beyond = [last for _, last, *_ in config.layer_overrides if last >= len(shapes)]
+    if beyond:
+        raise ValueError(f"there is no layer {beyond[0]}: the model has {len(shapes)}")
+    made = []
+    for layer, (cache, shape, centre) in enumerate(zip(caches, shapes, centres, strict=True)):
+        if shape is not None:
+            own = config.for_layer(layer)
+            cache = TurboQuantKVCache(own, *shape, max_kv_size=max_kv_size, centre=centre)
+        made.append(cache)
+    return made
 
 
 def _fits(centre: Centre | None, shape: tuple[int, int] | None) -> bool:
