@@ -1,6 +1,9 @@
 """The tables of docs/quality.md: every preset, and what each part of the method is worth.
 
-python benchmarks/quality.py [--text FILE] [--window 1024] [--tokens 1024] [--parts]
+    python benchmarks/quality.py [--text FILE] [--window 1024] [--tokens 1024]
+
+measures the presets; with --parts what each part of the method is worth; with --calibrate-on
+FILE ... how much it matters which text calibration saw, the scored text itself among them.
 """
 
 import argparse
@@ -41,25 +44,35 @@ def without(calibration: Calibration, *parts: str) -> Calibration:
     return replace(calibration, centres=tuple(map(neutral, calibration.centres)))
 
 
-def methods(model, window: int, calibration: Calibration, parts: bool) -> list[sweep.Method]:
-    """The presets; or, of some of them, the method with one part after the other."""
+Kind = tuple[Calibration | None, bool, str]  # calibration, whether with the tail, a name
 
-    def method(preset: str, calibration, tail: bool, name: str) -> sweep.Method:
-        config = TurboQuantConfig.from_names(preset)
-        made = sweep.compressed(model, config, window, calibration=calibration, tail=tail)
-        return replace(made, name=f"{preset}, {name}")
 
-    if not parts:
-        kinds = ((calibration, True, "default"), (calibration, False, "without tail"))
-        return [method(preset, *kind) for preset in PRESETS for kind in kinds]
-    kinds = (
+def default_kinds(calibration: Calibration) -> list[Kind]:
+    return [(calibration, True, "default"), (calibration, False, "without tail")]
+
+
+def part_kinds(calibration: Calibration) -> list[Kind]:
+    """One part after the other."""
+    return [
         (None, False, "codes alone"),
         (without(calibration, "smoothing", "value_mean"), False, "+ centred keys"),
         (without(calibration, "value_mean"), False, "+ smoothing"),
         (calibration, False, "+ value mean"),
         (calibration, True, "+ tail"),
-    )
-    return [method(preset, *kind) for preset in PARTS for kind in kinds]
+    ]
+
+
+def text_kinds(calibration: Calibration, others: dict[str, Calibration]) -> list[Kind]:
+    """Calibrations of several texts."""
+    found = {"no text": None, "the shipped text": calibration} | others
+    return [(one, True, f"calibrated on {name}") for name, one in found.items()]
+
+
+def method(model, window: int, preset: str, kind: Kind) -> sweep.Method:
+    calibration, tail, name = kind
+    config = TurboQuantConfig.from_names(preset)
+    made = sweep.compressed(model, config, window, calibration=calibration, tail=tail)
+    return replace(made, name=f"{preset}, {name}")
 
 
 def main():
@@ -68,16 +81,27 @@ def main():
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--parts", action="store_true", help="what each part is worth")
+    parser.add_argument("--calibrate-on", type=Path, nargs="*", help="other texts")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8") if args.text else shipped("alice.txt")
     model, tokenizer = demo_model.load()
-    calibration = calibrate(
-        model, tokenizer.encode(shipped("calibration.txt"))[:CALIBRATION_TOKENS]
-    )
+
+    def calibrated(text: str) -> Calibration:
+        return calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
+
+    calibration = calibrated(shipped("calibration.txt"))
+    presets, kinds = PARTS, part_kinds(calibration)
+    if args.calibrate_on is not None:
+        texts = {file.name: file.read_text(encoding="utf-8") for file in args.calibrate_on}
+        texts["the scored text"] = text
+        others = {name: calibrated(other) for name, other in texts.items()}
+        kinds = text_kinds(calibration, others)
+    elif not args.parts:
+        presets, kinds = tuple(PRESETS), default_kinds(calibration)
     points = sweep.measure(
         model,
         tokenizer.encode(text),
-        methods(model, args.window, calibration, args.parts),
+        [method(model, args.window, preset, kind) for preset in presets for kind in kinds],
         window=args.window,
         tokens=args.tokens,
     )
