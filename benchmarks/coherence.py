@@ -12,6 +12,7 @@ from vllm_metal_tq import openblas
 
 openblas.preload()
 
+import shipped  # noqa: E402
 from mlx_lm import stream_generate  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, demo_model, make_prompt_cache  # noqa: E402
@@ -119,12 +120,13 @@ def main():
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
     args = parser.parse_args()
     model, tokenizer = demo_model.load()
+    calibration = shipped.calibration(model, tokenizer)
     for number, prompt in enumerate(prompts(tokenizer), 1):
         print(f"\n## prompt {number}, {len(prompt)} tokens")
         reference = None
         for preset in (None, *args.presets):
             config = preset and TurboQuantConfig.from_names(preset)
-            cache = make_prompt_cache(model, config) if config else None
+            cache = make_prompt_cache(model, config, calibration=calibration) if config else None
             options = {"max_tokens": args.max_tokens, "prompt_cache": cache}
             tokens, text = answer(model, tokenizer, prompt, **options)
             reference = reference or tokens

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import math
-from importlib.resources import files
 from pathlib import Path
 
 from vllm_metal_tq import openblas
@@ -18,11 +17,10 @@ from vllm_metal_tq import openblas
 openblas.preload()
 
 import baselines  # noqa: E402
+import shipped  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
-from vllm_metal_tq.cli.common import CALIBRATION_TOKENS  # noqa: E402
 from vllm_metal_tq.evaluate import Quality  # noqa: E402
-from vllm_metal_tq.integrations.mlx_lm import calibrate  # noqa: E402
 from vllm_metal_tq.sweep import OURS, Method, Point  # noqa: E402
 
 TOGETHER = 6  # methods measured in one go; the uncompressed cache runs once for each such group
@@ -31,8 +29,7 @@ BUDGETS = [2.5 + 0.25 * i for i in range(23)]
 
 def ours(model, tokenizer, window: int) -> list[Method]:
     """Our widths, calibrated as at first use, with the tail and without."""
-    text = (files("vllm_metal_tq") / "data" / "calibration.txt").read_text(encoding="utf-8")
-    calibration = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
+    calibration = shipped.calibration(model, tokenizer)
     return [
         sweep.compressed(model, TurboQuantConfig(*pair), window, calibration=calibration, tail=tail)
         for tail in (True, False)
@@ -92,16 +89,16 @@ def report(points: list[Point], run: dict) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=files("vllm_metal_tq") / "data" / "alice.txt")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--only", choices=("ours", "others"))
     args = parser.parse_args()
     if missing := sweep.why_not_draw():
         parser.error(missing)
-    text = args.text.read_text(encoding="utf-8")
+    text = args.text.read_text(encoding="utf-8") if args.text else shipped.text("alice.txt")
     run = {
-        "text": args.text.name,
+        "text": args.text.name if args.text else "alice.txt",
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "window": args.window,
         "tokens": args.tokens,

@@ -13,10 +13,10 @@ from vllm_metal_tq import openblas
 
 openblas.preload()
 
-from importlib.resources import files  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
+import shipped  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
 from vllm_metal_tq.calibration import Calibration  # noqa: E402
@@ -25,10 +25,6 @@ from vllm_metal_tq.config import PRESETS  # noqa: E402
 from vllm_metal_tq.integrations.mlx_lm import calibrate  # noqa: E402
 
 PARTS = ("tq4", "tq3", "tq2")  # the presets whose parts are measured
-
-
-def shipped(name: str) -> str:
-    return (files("vllm_metal_tq") / "data" / name).read_text(encoding="utf-8")
 
 
 def without(calibration: Calibration, *parts: str) -> Calibration:
@@ -83,13 +79,13 @@ def main():
     parser.add_argument("--parts", action="store_true", help="what each part is worth")
     parser.add_argument("--calibrate-on", type=Path, nargs="*", help="other texts")
     args = parser.parse_args()
-    text = args.text.read_text(encoding="utf-8") if args.text else shipped("alice.txt")
+    text = args.text.read_text(encoding="utf-8") if args.text else shipped.text("alice.txt")
     model, tokenizer = demo_model.load()
 
     def calibrated(text: str) -> Calibration:
         return calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
 
-    calibration = calibrated(shipped("calibration.txt"))
+    calibration = shipped.calibration(model, tokenizer)
     presets, kinds = PARTS, part_kinds(calibration)
     if args.calibrate_on is not None:
         texts = {file.name: file.read_text(encoding="utf-8") for file in args.calibrate_on}
