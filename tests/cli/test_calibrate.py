@@ -22,6 +22,7 @@ def test_json_says_what_was_written_where(capsys, demo, tmp_path):
         "tokens": 100,
         "layers_calibrated": 30,
         "layers": 30,
+        "widths": None,
     }
     assert len(calibration.load(file, demo[0]).centres) == 30
 
@@ -54,11 +55,28 @@ def test_the_first_use_of_a_model_calibrates_it_once(capsys, demo, tmp_path, mon
     assert "is damaged or foreign" in capsys.readouterr().err
 
 
+def test_widths_chosen_within_a_budget_serve_where_none_are_named(capsys, tmp_path, monkeypatch):
+    from vllm_metal_tq import budget
+
+    figures = [(1.0 + i, 2.0) for i in range(30)]
+    monkeypatch.setattr(budget, "sensitivities", lambda *args: figures)
+    file = str(tmp_path / "c.safetensors")
+    flags = ("--tokens", "96", "--budget-bits", "4.0", "--output", file, "--json")
+    widths = json.loads(calibrate(capsys, *flags)[1])["widths"]
+    assert widths.count("=") == 30
+    use = ["eval", "--model", "demo", "--calibration", file, "--window", "64", "--tokens", "8"]
+    assert main([*use, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_element"] == pytest.approx(4.0, abs=0.04)
+    assert main([*use, "--json", "--preset", "tq8"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_element"] == 7.25
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tokens", "63"], "--tokens 63 must be at least 64"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--tokens", "64", "--budget-bits", "2"], "2.0 bits are too few"),
     ],
 )
 def test_bad_input_gets_one_clear_line(capsys, flags, message):

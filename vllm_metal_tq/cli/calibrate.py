@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from . import common
+
+PROBED_TOKENS = 385  # that widths are chosen on: every layer runs over them twice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the file to write, found by itself if it is turboquant.safetensors in the model's "
         "folder (default: one in the user's cache directory, which is found by itself as well)",
     )
+    parser.add_argument(
+        "--budget-bits",
+        type=float,
+        help="also measure how much each layer's keys and values matter, and choose widths that "
+        "take so many bits an element on average, scales included; they serve where no others "
+        "are named",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -36,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = common.load_model(args.model)
     tokens = tokenizer.encode(text)[: args.tokens]
     measured = common.calibrate(model, tokens)
+    if args.budget_bits is not None:
+        measured = replace(measured, config=_widths(model, tokens, measured, args.budget_bits))
     file = Path(args.output) if args.output else calibration.place(model)
     measured.save(file)
     layers = sum(centre is not None for centre in measured.centres)
@@ -48,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 "tokens": len(tokens),
                 "layers_calibrated": layers,
                 "layers": len(measured.centres),
+                "widths": measured.config and measured.config.layers,
             }
         )
         return
@@ -58,4 +71,20 @@ def run(args: argparse.Namespace) -> None:
             "size": common.size(file.stat().st_size),
         }
     )
+    if measured.config:
+        print(measured.config.layers)
     print(file)  # alone on its line, so that it can be copied
+
+
+def _widths(model, tokens: list[int], calibration, budget: float):
+    """Widths for each layer within a budget of bits."""
+    from .. import budget as budgets
+    from ..integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+
+    caches = make_prompt_cache(model, calibration=calibration)
+    head_dims = [c.layout.head_dim if isinstance(c, TurboQuantKVCache) else None for c in caches]
+    budgets.check(budget, head_dims)
+    with common.progress_bar("measure") as advance:
+        some = tokens[:PROBED_TOKENS]
+        found = budgets.sensitivities(model, some, calibration, advance)
+    return budgets.assign(found, budget, head_dims)

@@ -53,9 +53,19 @@ def add_head_dim_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def scheme(args: argparse.Namespace) -> TurboQuantConfig:
-    """The config that the scheme arguments name."""
-    return TurboQuantConfig.from_names(args.preset, args.k_quant, args.v_quant)
+def add_layers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--layers``, checked by ``scheme``."""
+    parser.add_argument(
+        "--layers", help="layers with widths of their own, such as 0-1=tq8,29=q8_0/q6_0"
+    )
+
+
+def scheme(args: argparse.Namespace, calibration=None) -> TurboQuantConfig:
+    """The config that the scheme arguments name, or else the calibration's where it has one."""
+    names = {name: getattr(args, name, None) for name in ("preset", "k_quant", "v_quant", "layers")}
+    if calibration and calibration.config and not any(names.values()):
+        return calibration.config
+    return TurboQuantConfig.from_names(**names)
 
 
 def page_layout(args: argparse.Namespace):

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``eval``."""
     common.add_model_argument(parser)
     common.add_scheme_arguments(parser)
+    common.add_layers_argument(parser)
     common.add_calibration_arguments(parser)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
@@ -89,6 +90,7 @@ def _perplexity(args: argparse.Namespace) -> None:
 
     model, tokenizer = common.load_model(args.model)
     calibration = common.calibration_for(args, model, tokenizer)
+    config = common.scheme(args, calibration)
     with common.progress_bar("eval") as advance:
         quality = evaluate(
             model,

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``generate``."""
     common.add_model_argument(parser)
     common.add_scheme_arguments(parser)
+    common.add_layers_argument(parser)
     common.add_calibration_arguments(parser)
     parser.add_argument("--prompt", "-p", default="hello", help="the message, '-' for stdin")
     parser.add_argument("--system-prompt", help="system message of the chat template")
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         config = next((c.config for c in cache if isinstance(c, ours.TurboQuantKVCache)), config)
     else:
         calibration = common.calibration_for(args, model, tokenizer)
+        config = common.scheme(args, calibration)
         cache = ours.make_prompt_cache(model, config, args.max_kv_size, calibration)
     prompt = _tokens(args, tokenizer)
     text, last = _stream(args, model, tokenizer, prompt, cache)
@@ -108,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.system_prompt is not None and args.ignore_chat_template:
         raise ValueError("--system-prompt cannot be given with --ignore-chat-template")
     if args.prompt_cache_file:
-        for name in ("preset", "k_quant", "v_quant", "max_kv_size", "calibration"):
+        for name in ("preset", "k_quant", "v_quant", "layers", "max_kv_size", "calibration"):
             if getattr(args, name) is not None:
                 raise ValueError(
                     f"--{name.replace('_', '-')} cannot be given with --prompt-cache-file, "

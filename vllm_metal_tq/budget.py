@@ -1,0 +1,119 @@
+"""Widths for each layer within a budget of bits, from how much each layer's errors matter.
+
+Each layer's keys, then values, are compressed alone, and the KL divergence is measured. Errors of
+b bits are about 4^-b, and divergences of layers about add up, so that one measurement per half
+predicts every assignment. Widths then grow from the smallest, always where the predicted
+divergence falls most per bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import mlx.nn as nn
+import mlx_lm.models.cache as host
+
+from .calibration import Calibration
+from .config import WIDTHS, TurboQuantConfig
+from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+from .sweep import Method, measure
+from .tail import TAIL
+
+PROBED, FINE = 3, 8  # bits of the half that is measured, and of the other
+
+Halves = tuple[float, float]
+"""A figure of a layer's keys and one of its values."""
+
+
+def sensitivities(
+    model: nn.Module,
+    token_ids: list[int],
+    calibration: Calibration,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Halves | None]:
+    """KL divergence, in nats, by each layer's keys and values at ``PROBED`` bits alone.
+
+    Args:
+        model: a model that mlx_lm has loaded.
+        token_ids: a text; it becomes one window.
+        calibration: of this model.
+        progress: called with tokens done and tokens in all.
+
+    Returns:
+        One for each layer, None where it is not compressed.
+    """
+
+    def alone(layer: int, widths: tuple[int, int]) -> Callable[[nn.Module], list]:
+        def caches(model: nn.Module) -> list:
+            made = host.make_prompt_cache(model)
+            config = TurboQuantConfig(*widths)
+            made[layer] = make_prompt_cache(model, config, calibration=calibration)[layer]
+            made[layer].raw_window = TAIL
+            return made
+
+        return caches
+
+    ours = make_prompt_cache(model, calibration=calibration)
+    layers = [i for i, cache in enumerate(ours) if isinstance(cache, TurboQuantKVCache)]
+    methods = [
+        Method("", f"{layer}", 0.0, alone(layer, widths))
+        for layer in layers
+        for widths in ((PROBED, FINE), (FINE, PROBED))
+    ]
+    window = len(token_ids) - 1
+    points = measure(model, token_ids, methods, window=window, tokens=window, progress=progress)
+    figures = iter(point.kl for point in points)
+    return [(next(figures), next(figures)) if i in layers else None for i in range(len(ours))]
+
+
+def check(budget: float, head_dims: Sequence[int | None]) -> float:
+    """How many bits are left to spread, summed over the keys' and the values' halves of layers.
+
+    Raises:
+        ValueError: no layer is compressed, or the budget is below what the smallest widths take.
+    """
+    dims = [dim for dim in head_dims if dim is not None]
+    if not dims:
+        raise ValueError("no layer of this model can be compressed")
+    # An element takes its code, and a share of its vector's fp16 scale.
+    least = WIDTHS[0] + sum(16 / dim for dim in dims) / len(dims)
+    if budget < least:
+        raise ValueError(f"{budget} bits are too few: the smallest widths take {least:.2f}")
+    return (budget - least) * 2 * len(dims) + 1e-6  # for sums that are off by rounding
+
+
+def assign(
+    found: Sequence[Halves | None], budget: float, head_dims: Sequence[int | None]
+) -> TurboQuantConfig:
+    """Widths that keep the bits of an element within ``budget`` on average, scales included.
+
+    Args:
+        found: what ``sensitivities`` gave.
+        budget: bits.
+        head_dims: elements of a head vector of each layer, None where it is not compressed.
+
+    Raises:
+        ValueError: the budget is below what the smallest widths take.
+    """
+    left = check(budget, head_dims)
+    layers = [i for i, halves in enumerate(found) if halves is not None]
+    halves = {(i, half): 0 for i in layers for half in (0, 1)}  # index of the width
+
+    def gain(key: tuple[int, int]) -> float:
+        layer, half = key
+        bits, more = WIDTHS[halves[key]], WIDTHS[halves[key] + 1]
+        return found[layer][half] * (4.0**-bits - 4.0**-more) / (more - bits)
+
+    def cost(key: tuple[int, int]) -> int:
+        return WIDTHS[halves[key] + 1] - WIDTHS[halves[key]]
+
+    while True:
+        open_ones = [k for k, i in halves.items() if i + 1 < len(WIDTHS) and cost(k) <= left]
+        if not open_ones:
+            break
+        best = max(open_ones, key=gain)
+        left -= cost(best)
+        halves[best] += 1
+    own = [(i, i, WIDTHS[halves[i, 0]], WIDTHS[halves[i, 1]]) for i in layers]
+    return replace(TurboQuantConfig.from_names(), layer_overrides=tuple(own))
