@@ -135,7 +135,7 @@ def _tables(pairs: bytes) -> tuple[mx.array, mx.array, mx.array]:
     return mx.array(order), mx.array(np.argsort(order).astype(np.uint32)), mx.array(columns[:, 2])
 
 
-@lru_cache
+@lru_cache(maxsize=1024)  # a centre for each layer; what is compiled for one is kept as well
 def tiled(centre: Centre, times: int) -> Centre:
     """The centre of ``times`` sequences in lockstep, which are KV heads of one sequence."""
     if times == 1:

@@ -24,6 +24,8 @@ from .pages import BlockTable, places, scatter
 from .tail import Tail, pushed, sources
 
 SLICE = 4096  # tokens to which means are added at a time, in float32; whole blocks
+COMPILED = 1024  # functions kept: with centres each layer has its own
+
 
 @lru_cache
 def executor(layout: PageLayout) -> Executor | None:
@@ -114,7 +116,7 @@ def _encode(
 
 
 # Compiled, a call costs the host a fraction: a kernel's source is put together once.
-@lru_cache
+@lru_cache(maxsize=COMPILED)
 def _compiled_store(layout: PageLayout, execute: Executor) -> Callable[..., tuple[mx.array, ...]]:
     def store(keys, values, pages, tail_keys, tail_values, source, *where):
         rows = encode_kernel.encode(keys, values, layout, execute)
@@ -127,7 +129,7 @@ def _compiled_store(layout: PageLayout, execute: Executor) -> Callable[..., tupl
     return mx.compile(store)
 
 
-@lru_cache
+@lru_cache(maxsize=COMPILED)
 def _compiled_decode(
     layout: PageLayout, scale: float, max_tokens: int, centre: Centre | None, execute: Executor
 ) -> Callable[..., mx.array]:

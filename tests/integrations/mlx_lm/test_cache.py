@@ -158,6 +158,7 @@ def test_a_copy_is_independent(model):
     before = rows_of(other[0].table, 20)
     model(tokens(20, seed=5), cache=cache)
     assert other[0].offset == 20
+    assert other[0].tail.length == 20
     assert np.array_equal(rows_of(other[0].table, 20), before)
 
 

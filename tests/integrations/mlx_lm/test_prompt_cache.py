@@ -12,7 +12,7 @@ from vllm_metal_tq import (
     make_prompt_cache,
     save_prompt_cache,
 )
-from vllm_metal_tq.integrations.mlx_lm import report
+from vllm_metal_tq.integrations.mlx_lm import calibrate, report
 from vllm_metal_tq.tail import Tail
 
 
@@ -168,6 +168,19 @@ class TestSavedCaches:
         pages, header, *rest = saved[1][0].state
         header[place] = number
         with pytest.raises(ValueError, match=r"unknown|do not fit"):
+            TurboQuantKVCache.from_state((pages, header, *rest))
+
+    def test_a_calibrated_cache_carries_its_centres(self, model, tmp_path):
+        measured = calibrate(model, tokens(100)[0].tolist())
+        cache = make_prompt_cache(model, calibration=measured)
+        model(tokens(PROMPT), cache=cache)
+        save_prompt_cache(tmp_path / "c.safetensors", cache)
+        loaded = load_prompt_cache(tmp_path / "c.safetensors", model)
+        assert mx.array_equal(loaded[1].centre.mu, measured.centres[1].mu)
+        assert greedy(model, loaded) == greedy(model, cache)
+        pages, header, *rest = cache[0].state
+        rest[-2] = -rest[-2]  # the smoothing
+        with pytest.raises(ValueError, match="no centre of 2 KV heads"):
             TurboQuantKVCache.from_state((pages, header, *rest))
 
     def test_a_lost_tail_loses_nothing_stored(self, saved):
