@@ -84,16 +84,65 @@ class TestRopes:
         model.layers[0].self_attn.rope = lambda x, offset=0: x
         assert not layer_ropes(model)[0].pairs[:, 2].any()
 
-    def test_that_is_not_known_leaves_keys_alone(self):
+    def test_that_is_not_known_leaves_the_mean_of_keys_after_it(self):
         model = llama(num_hidden_layers=1)
         plain = model.layers[0].self_attn.rope
         # Turns, but not as any module by itself does.
         model.layers[0].self_attn.rope = lambda x, offset=0: plain(x[..., ::-1], offset=offset)
         assert layer_ropes(model) == [None]
         (centre,) = calibrate(model, tokens(100)[0].tolist()).centres
-        assert not centre.mu.any()
-        assert (centre.smoothing == 1).all()
-        assert centre.value_mean.any()
+        ((keys, _),) = recorded(model, tokens(100))
+        assert not centre.pairs[:, 2].any()
+        assert mx.abs(centre.mu - keys[:, 4:].mean(axis=1)).max().item() < 1e-4
+
+    @pytest.mark.parametrize(
+        ("model_type", "arguments", "turning", "amplitude"),
+        [
+            ("qwen3", {"head_dim": 64, "tie_word_embeddings": True}, 32, 1.0),
+            ("phi3", {"partial_rotary_factor": 0.5}, 4, 1.0),
+            ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "head_dim": 64}, 16, 1),
+            (
+                "cohere",
+                {"layer_norm_eps": 1e-5, "use_qk_norm": False, "logit_scale": 1.0},
+                8,
+                1.0,
+            ),
+            (
+                "gpt_oss",
+                {
+                    "head_dim": 64,
+                    "num_local_experts": 2,
+                    "num_experts_per_tok": 1,
+                    "sliding_window": 8,
+                    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                    "rope_scaling": {
+                        "rope_type": "yarn",
+                        "factor": 32.0,
+                        "original_max_position_embeddings": 4096,
+                    },
+                },
+                32,
+                0.1 * math.log(32) + 1,
+            ),
+        ],
+    )
+    def test_of_models_of_many_kinds(self, model_type, arguments, turning, amplitude):
+        for found in filter(None, layer_ropes(build(model_type, **arguments))):
+            assert (found.pairs[:, 2] > 0).sum() == turning
+            assert found.amplitude[0] == pytest.approx(amplitude)
+            adjacent = (found.pairs[:turning, 1] == found.pairs[:turning, 0] + 1).all()
+            assert adjacent == (model_type in ("glm4", "cohere"))
+
+    def test_of_layers_that_use_none(self):
+        ropes = layer_ropes(build("smollm3", no_rope_layer_interval=2))
+        assert [bool(found.pairs[:, 2].any()) for found in ropes] == [True, False, True]
+
+    def test_of_learned_positions_is_none(self):
+        sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 4096, "n_ctx": 4096}
+        model = build("gpt2", **sizes, layer_norm_epsilon=1e-5)
+        (keys, _), *_ = recorded(model, tokens(100))
+        centre, *_ = calibrate(model, tokens(100)[0].tolist()).centres
+        assert mx.abs(centre.mu - keys[:, 4:].mean(axis=1)).max().item() < 1e-4
 
 
 class TestBiases:

@@ -14,7 +14,7 @@ from platformdirs import user_cache_path
 
 from .centre import Centre, turn
 from .config import TurboQuantConfig
-from .rope import Rope, constant
+from .rope import Rope
 
 FILE_NAME = "turboquant.safetensors"  # in a model's folder
 _FORMAT = "vllm-metal-tq calibration"
@@ -141,11 +141,10 @@ class Statistics:
     """Sums over the tokens of a text, from which a layer's centre follows.
 
     Args:
-        rope: the layer's rotary embedding, or None where it is not known: keys then stay as they
-            are.
+        rope: the layer's rotary embedding; ``rope.constant`` where there is none.
     """
 
-    def __init__(self, rope: Rope | None):
+    def __init__(self, rope: Rope):
         self._rope = rope
         self._count = 0
         self._near: mx.array | None = None  # about the keys' mean, else squares would cancel
@@ -155,9 +154,8 @@ class Statistics:
         """Count tokens, ``(1, heads, n, head_dim)`` each, after RoPE, from position ``start``."""
         queries, keys, values = (x[0].astype(mx.float32) for x in (queries, keys, values))
         num_kv_heads, count, head_dim = keys.shape
-        if self._rope:
-            positions = mx.arange(start, start + count)
-            keys = turn(keys, positions, self._rope.pairs, inverse=True)
+        positions = mx.arange(start, start + count)
+        keys = turn(keys, positions, self._rope.pairs, inverse=True)
         if self._near is None:
             self._near = keys.mean(axis=1, keepdims=True)
         keys = keys - self._near
@@ -172,9 +170,6 @@ class Statistics:
         """The centre of the tokens so far."""
         rest, square, value_mean, query_square = (x / self._count for x in self._sums)
         mu = rest + self._near[:, 0]
-        if not self._rope:
-            pairs = constant(mu.shape[1]).pairs
-            return Centre(pairs, mx.zeros_like(mu), mx.ones_like(mu), value_mean)
         pairs = self._rope.pairs
         spread = _by_pair(np.array(square - mx.square(rest)), pairs)
         t = (_by_pair(np.array(query_square), pairs) / spread) ** _EXPONENT

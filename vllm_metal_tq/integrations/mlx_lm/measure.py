@@ -72,11 +72,12 @@ def calibrate(
     if len(token_ids) < 64:
         raise ValueError(f"the text has {len(token_ids)} tokens: calibration takes at least 64")
     hook.install(model)
-    ropes = layer_ropes(model)
     caches = host.make_prompt_cache(model)
+    # Where the embedding is not known, the mean of keys after it is a centre as well, if a worse
+    # one: flags take it only where it helps.
     every = [
-        Statistics(found) if shape else None
-        for found, shape in zip(ropes, plain_attention(model), strict=True)
+        shape and Statistics(found or rope.constant(shape[0]))
+        for found, shape in zip(layer_ropes(model), plain_attention(model), strict=True)
     ]
     if not any(every):
         return Calibration(tuple(every), fingerprint(model))
