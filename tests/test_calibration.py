@@ -9,13 +9,15 @@ from models import build, llama, tokens
 
 from vllm_metal_tq import calibration, make_prompt_cache, rope
 from vllm_metal_tq.centre import turn
-from vllm_metal_tq.integrations.mlx_lm import calibrate, measure
+from vllm_metal_tq.integrations.mlx_lm import calibrate, hook, measure
 from vllm_metal_tq.integrations.mlx_lm.measure import from_biases, layer_ropes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def model():
-    return llama()
+    model = llama()
+    hook.install(model)
+    return model
 
 
 @pytest.fixture(scope="module")
