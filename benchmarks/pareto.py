@@ -20,8 +20,8 @@ import baselines  # noqa: E402
 import shipped  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
-from vllm_metal_tq.evaluate import Quality  # noqa: E402
-from vllm_metal_tq.sweep import OURS, Method, Point  # noqa: E402
+from vllm_metal_tq.evaluate import OURS, Method, Quality, compressed  # noqa: E402
+from vllm_metal_tq.sweep import Point  # noqa: E402
 
 TOGETHER = 6  # methods measured in one go; the uncompressed cache runs once for each such group
 BUDGETS = [2.5 + 0.25 * i for i in range(23)]
@@ -31,7 +31,7 @@ def ours(model, tokenizer, window: int) -> list[Method]:
     """Our widths, calibrated as at first use, with the tail and without."""
     calibration = shipped.calibration(model, tokenizer)
     return [
-        sweep.compressed(model, TurboQuantConfig(*pair), window, calibration=calibration, tail=tail)
+        compressed(model, TurboQuantConfig(*pair), window, calibration=calibration, tail=tail)
         for tail in (True, False)
         for pair in sweep.PAIRS
     ]

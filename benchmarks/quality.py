@@ -22,6 +22,7 @@ from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
 from vllm_metal_tq.calibration import Calibration  # noqa: E402
 from vllm_metal_tq.cli.common import CALIBRATION_TOKENS  # noqa: E402
 from vllm_metal_tq.config import PRESETS  # noqa: E402
+from vllm_metal_tq.evaluate import Method, compressed  # noqa: E402
 from vllm_metal_tq.integrations.mlx_lm import calibrate  # noqa: E402
 
 PARTS = ("tq4", "tq3", "tq2")  # the presets whose parts are measured
@@ -64,10 +65,10 @@ def text_kinds(calibration: Calibration, others: dict[str, Calibration]) -> list
     return [(one, True, f"calibrated on {name}") for name, one in found.items()]
 
 
-def method(model, window: int, preset: str, kind: Kind) -> sweep.Method:
+def method(model, window: int, preset: str, kind: Kind) -> Method:
     calibration, tail, name = kind
     config = TurboQuantConfig.from_names(preset)
-    made = sweep.compressed(model, config, window, calibration=calibration, tail=tail)
+    made = compressed(model, config, window, calibration=calibration, tail=tail)
     return replace(made, name=f"{preset}, {name}")
 
 

@@ -4,8 +4,9 @@ import mlx_lm.models.cache as host
 import pytest
 from models import greedy, llama, tokens
 
-from vllm_metal_tq import TurboQuantConfig, sweep
+from vllm_metal_tq import TurboQuantConfig
 from vllm_metal_tq.completion import complete
+from vllm_metal_tq.evaluate import compressed
 
 
 class Numbers:
@@ -49,7 +50,7 @@ def test_a_stop_text_and_an_end_token_end_it(model, wanted):
 
 def test_the_prompt_reads_the_compressed_cache_too(model):
     # Only the prompt's last position decides the first token: with 2 bits it reads other logits.
-    method = sweep.compressed(model, TurboQuantConfig(2, 2), 300, tail=False)
+    method = compressed(model, TurboQuantConfig(2, 2), 300, tail=False)
     caches = method.caches(model)
     answer(model, caches=caches)
     assert all(cache.offset >= 300 and cache.raw_window == 1 for cache in caches)

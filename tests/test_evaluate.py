@@ -38,15 +38,15 @@ def test_figures_are_those_of_decoding_token_by_token():
     assert quality.kl_mean > 1e-6
 
 
-def test_a_raw_window_as_long_as_a_chunk_improves_the_figures():
+def test_the_tail_improves_the_figures():
     model = llama()
     ids = tokens(301)[0].tolist()
-    plain, windowed = (
-        evaluate(model, ids, TurboQuantConfig(2, 2), window=100, tokens=150, raw_window=w)
-        for w in (1, 64)
+    plain, with_tail = (
+        evaluate(model, ids, TurboQuantConfig(2, 2), window=100, tokens=150, tail=tail)
+        for tail in (False, True)
     )
-    assert plain.tokens == windowed.tokens == 150
-    assert windowed.kl_mean < plain.kl_mean / 2
+    assert plain.tokens == with_tail.tokens == 150
+    assert with_tail.kl_mean < plain.kl_mean / 2
 
 
 @pytest.mark.parametrize(("asked", "scored"), [(10, 10), (50, 50), (60, 60), (1000, 100)])
@@ -65,7 +65,7 @@ def test_progress_runs_to_the_end():
         tokens=100,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen[-1] == (200, 200)
+    assert seen[-1] == (400, 400)
     assert seen == sorted(seen)
 
 

@@ -4,7 +4,8 @@ from importlib.resources import files
 
 import pytest
 
-from vllm_metal_tq import TurboQuantConfig, needle, sweep
+from vllm_metal_tq import TurboQuantConfig, needle
+from vllm_metal_tq.evaluate import compressed
 from vllm_metal_tq.needle import Trial
 
 
@@ -96,7 +97,7 @@ def test_the_table_counts():
 def test_the_demo_model_finds_facts_with_either_cache(demo):
     model, tokenizer = demo
     text = (files("vllm_metal_tq") / "data" / "alice.txt").read_text(encoding="utf-8")
-    method = sweep.compressed(model, TurboQuantConfig(8, 6), 512)
+    method = compressed(model, TurboQuantConfig(8, 6), 512)
     ids = tokenizer.encode(text)
     trials = needle.retrieve(model, tokenizer, ids, method.caches, context=512, depths=3)
     assert all(trial.found_reference and trial.found for trial in trials)

@@ -7,7 +7,7 @@ import pytest
 from models import llama, tokens
 
 from vllm_metal_tq import TurboQuantConfig, sweep
-from vllm_metal_tq.evaluate import Quality, evaluate
+from vllm_metal_tq.evaluate import Quality, compressed, evaluate
 from vllm_metal_tq.sweep import Point
 
 
@@ -27,10 +27,10 @@ def point(bits, kl, family="x", name="p"):
 def test_methods_side_by_side_are_what_evaluate_gives():
     model, ids = llama(), tokens(301)[0].tolist()
     configs = [TurboQuantConfig(2, 2), TurboQuantConfig(8, 6)]
-    methods = [sweep.compressed(model, config, 140, tail=False) for config in configs]
+    methods = [compressed(model, config, 140, tail=False) for config in configs]
     points = sweep.measure(model, ids, methods, window=140, tokens=100)
     for found, config in zip(points, configs, strict=True):
-        wanted = evaluate(model, ids, config, window=140, tokens=100, raw_window=1)
+        wanted = evaluate(model, ids, config, window=140, tokens=100, tail=False)
         assert found.quality.tokens == wanted.tokens == 100
         # Chunks end elsewhere, so sums are rounded otherwise and a few codes flip.
         assert found.kl == pytest.approx(wanted.kl_mean, rel=0.05)
@@ -42,7 +42,7 @@ def test_methods_side_by_side_are_what_evaluate_gives():
 def test_the_tail_costs_bits_and_helps():
     model, ids = llama(), tokens(301)[0].tolist()
     without, with_tail = (
-        sweep.compressed(model, TurboQuantConfig(2, 2), 128, tail=tail) for tail in (False, True)
+        compressed(model, TurboQuantConfig(2, 2), 128, tail=tail) for tail in (False, True)
     )
     assert with_tail.bits == without.bits + 16 * 32 / 128
     points = sweep.measure(model, ids, [without, with_tail], window=128, tokens=128)
@@ -52,14 +52,14 @@ def test_the_tail_costs_bits_and_helps():
 @pytest.mark.parametrize(("asked", "scored"), [(10, 10), (50, 50), (60, 60), (1000, 100)])
 def test_as_many_positions_are_scored_as_asked_for(asked, scored):
     model, ids = llama(), tokens(201)[0].tolist()
-    method = sweep.compressed(model, TurboQuantConfig(4, 4), 100, tail=False)
+    method = compressed(model, TurboQuantConfig(4, 4), 100, tail=False)
     (found,) = sweep.measure(model, ids, [method], window=100, tokens=asked)
     assert found.quality.tokens == scored
 
 
 def test_no_more_is_run_than_is_scored_and_progress_ends_at_the_end():
     model, ids, seen = llama(), tokens(301)[0].tolist(), []
-    method = sweep.compressed(model, TurboQuantConfig(4, 4), 300, tail=False)
+    method = compressed(model, TurboQuantConfig(4, 4), 300, tail=False)
     sweep.measure(
         model, ids, [method, method], window=300, tokens=20, progress=lambda *at: seen.append(at)
     )
@@ -83,7 +83,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_a_model_without_layers_to_compress_is_refused():
     with pytest.raises(ValueError, match="no layer"):
-        sweep.compressed(_NoLayers(), TurboQuantConfig(4, 4), 64, tail=False)
+        compressed(_NoLayers(), TurboQuantConfig(4, 4), 64, tail=False)
 
 
 class _NoLayers:

@@ -20,7 +20,7 @@ def complete(
     """The text that greedy decoding puts after ``prompt``.
 
     The prompt passes in chunks. For its tokens to see a compressed cache as decoding would,
-    ``raw_window`` of the caches must be set, as ``sweep.compressed`` does.
+    ``raw_window`` of the caches must be set, as ``evaluate.compressed`` does.
 
     Args:
         model: a model that mlx_lm has loaded.

@@ -1,16 +1,19 @@
-"""How much the compressed cache changes a model's predictions.
+"""How much compressed caches change a model's predictions.
 
-A text is cut into windows. Each window goes through the model twice, in the same chunks: with
-mlx_lm's own cache and with the compressed one. The positions of a window's second half are
-scored, so that every scored prediction rests on a long past. The compressed run sees exactly what
-token-by-token decoding sees: the last ``TAIL`` tokens as they came, every older one through the
-pages.
+A text is cut into windows. Each window goes through the model in the same chunks with mlx_lm's
+own cache and with every cache that is measured. The positions of a window's second half are
+scored, so that every scored prediction rests on a long past. What is kept of the uncompressed run
+are the logits of one window's scored positions.
+
+Measured caches work under the conditions of decoding: a query sees what it would when decoding
+token by token, recent tokens as they came where the cache keeps them so, and all others through
+the pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,11 +26,14 @@ from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
 from .tail import TAIL
 
 CHUNK = 128
+KEPT_BITS = 16  # an element of the tail, in bf16
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Predictions with the compressed cache against predictions with the uncompressed one.
+    """Predictions with a compressed cache against predictions with the uncompressed one.
 
     Attributes:
         ppl: perplexity with the compressed cache.
@@ -35,7 +41,9 @@ class Quality:
         kl_mean: mean KL(reference || compressed) of the next-token distributions, in nats.
         kl_p99: its 99th percentile.
         top1: fraction of positions at which both name the same most likely token.
-        bits_per_element: bits stored for an element of K or V, every overhead byte included.
+        bits_per_element: bits stored for an element of K or V, scales included. ``evaluate``
+            counts pages alone, which is the limit for long contexts; ``measure`` also spreads
+            what else is stored over the tokens of a window.
         tokens: positions scored.
     """
 
@@ -53,6 +61,70 @@ class Quality:
         return 100 * (self.ppl / self.ppl_reference - 1)
 
 
+@dataclass(frozen=True)
+class Method:
+    """A way to store the cache.
+
+    Attributes:
+        family: the name that its points share in a plot.
+        name: what a table calls it.
+        bits: bits of an element of K or V in a full window, everything that is stored included.
+        caches: from a model to its prompt cache, under the conditions of decoding.
+    """
+
+    family: str
+    name: str
+    bits: float
+    caches: Callable[[nn.Module], list]
+
+
+OURS = "vllm-metal-tq"
+
+
+def compressed(
+    model: nn.Module,
+    config: TurboQuantConfig,
+    window: int,
+    *,
+    calibration: Calibration | None = None,
+    tail: bool = True,
+) -> Method:
+    """Our own cache as a method.
+
+    Args:
+        model: the model that will be measured; its head dims decide the bits.
+        config: widths.
+        window: tokens of a window, over which the tail's bytes are spread.
+        calibration: as ``make_prompt_cache`` takes it.
+        tail: whether the last ``TAIL`` tokens are seen as they came, and their bytes counted.
+
+    Raises:
+        ValueError: no layer of the model can be compressed.
+    """
+
+    def caches(model: nn.Module) -> list:
+        made = make_prompt_cache(model, config, calibration=calibration)
+        for cache in _ours(made):
+            cache.raw_window = TAIL if tail else 1
+        return made
+
+    pages = _page_bits(caches(model))
+    if not tail:
+        return Method(OURS, f"{config.label} without tail", pages, caches)
+    return Method(OURS, config.label, pages + KEPT_BITS * min(TAIL / window, 1), caches)
+
+
+def _ours(caches: list) -> list[TurboQuantKVCache]:
+    return [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
+
+
+def _page_bits(caches: list) -> float:
+    found = [cache.layout.bits_per_element for cache in _ours(caches)]
+    if not found:
+        raise ValueError("no layer of this model can be compressed")
+    return float(np.mean(found))
+
+
 def evaluate(
     model: nn.Module,
     token_ids: list[int],
@@ -61,10 +133,10 @@ def evaluate(
     window: int = 1024,
     tokens: int = 1024,
     calibration: Calibration | None = None,
-    raw_window: int = TAIL,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    tail: bool = True,
+    progress: Progress = lambda done, total: None,
 ) -> Quality:
-    """Measure ``config`` on a text.
+    """Measure ``config`` on a text; the bits are those of the pages.
 
     Args:
         model: a model that mlx_lm has loaded.
@@ -73,60 +145,90 @@ def evaluate(
         window: tokens of a window; the second half of it is scored.
         tokens: positions to score; fewer are where the text is too short for them.
         calibration: as ``make_prompt_cache`` takes it.
-        raw_window: how many recent tokens a query sees as they came, itself included: 1 measures
-            what the tail is good for, and more than ``TAIL`` are not to be had.
-        progress: called with tokens done and tokens in all.
+        tail: whether the last ``TAIL`` tokens are seen as they came.
+        progress: called with tokens done and tokens in all, of both caches.
 
     Raises:
         ValueError: ``window`` or ``tokens`` is out of range, the text is shorter than a window,
             or no layer of the model can be compressed.
     """
+    method = compressed(model, config, window, calibration=calibration, tail=tail)
+    (quality,) = measure(
+        model, token_ids, [method], window=window, tokens=tokens, progress=progress
+    )
+    return replace(quality, bits_per_element=_page_bits(method.caches(model)))
+
+
+def measure(
+    model: nn.Module,
+    token_ids: list[int],
+    methods: Sequence[Method],
+    *,
+    window: int = 1024,
+    tokens: int = 1024,
+    progress: Progress = lambda done, total: None,
+) -> list[Quality]:
+    """Measure every method on a text.
+
+    Args:
+        model: a model that mlx_lm has loaded.
+        token_ids: the text.
+        methods: what to measure.
+        window: tokens of a window; the second half of it is scored.
+        tokens: positions to score; fewer are where the text is too short for them.
+        progress: called with tokens done and tokens in all, those of every method.
+
+    Returns:
+        What was found of each method, with the method's bits.
+
+    Raises:
+        ValueError: ``window`` or ``tokens`` is out of range, or the text is shorter than a window.
+    """
+    pieces = list(_pieces(token_ids, window, tokens))
+    first, done = window // 2, 0
+    total = sum(len(piece) - 1 for piece in pieces) * (1 + len(methods))
+
+    def logits(piece: list[int], caches: list) -> Iterator[mx.array]:
+        """Logits ``(n, vocab)`` of each chunk's scored positions."""
+        nonlocal done
+        inputs = piece[:-1]
+        for start in range(0, len(inputs), CHUNK):
+            chunk = inputs[start : start + CHUNK]
+            output = model(mx.array([chunk]), cache=caches)[0]
+            mx.eval(output)
+            done += len(chunk)
+            progress(done, total)
+            if start + len(chunk) > first:
+                yield output[max(first - start, 0) :]
+
+    scores: list[list[np.ndarray]] = [[] for _ in methods]
+    for piece in pieces:
+        reference = list(logits(piece, make_dense_cache(model)))
+        for method, found in zip(methods, scores, strict=True):
+            at = first + 1
+            for theirs, ours in zip(reference, logits(piece, method.caches(model)), strict=True):
+                targets = mx.array(piece[at : at + len(ours)])
+                found.append(np.array(_compare(theirs, ours, targets)))
+                at += len(ours)
+    return [
+        _quality(np.concatenate(found, axis=1), method.bits)
+        for method, found in zip(methods, scores, strict=True)
+    ]
+
+
+def _pieces(token_ids: list[int], window: int, tokens: int) -> Iterator[list[int]]:
+    """The windows' tokens and one target more; the last window ends where enough are scored."""
     if window < 4 or tokens < 1:
         raise ValueError(f"window {window} must be at least 4 and tokens {tokens} at least 1")
     if len(token_ids) <= window:
         raise ValueError(
             f"the text has {len(token_ids)} tokens: a window of {window} needs {window + 1}"
         )
-    windows = min(-(-tokens // (window - window // 2)), (len(token_ids) - 1) // window)
-    scores, ours = [], []
+    scored = window - window // 2
+    windows = min(-(-tokens // scored), (len(token_ids) - 1) // window)
     for i in range(windows):
-        piece = token_ids[i * window : (i + 1) * window + 1]
-        caches = make_prompt_cache(model, config, calibration=calibration)
-        ours = [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
-        if not ours:
-            raise ValueError("no layer of this model can be compressed")
-        for cache in ours:
-            cache.raw_window = raw_window
-        for done, score in _score_window(model, piece, make_dense_cache(model), caches):
-            progress(i * window + done, windows * window)
-            if score is not None:
-                scores.append(score)
-    nll_reference, nll, kl, same = np.concatenate(scores, axis=1)[:, :tokens]
-    return Quality(
-        ppl=float(np.exp(nll.mean())),
-        ppl_reference=float(np.exp(nll_reference.mean())),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.quantile(kl, 0.99)),
-        top1=float(same.mean()),
-        bits_per_element=float(np.mean([cache.layout.bits_per_element for cache in ours])),
-        tokens=len(kl),
-    )
-
-
-def _score_window(model, piece: list[int], dense: list, compressed: list):
-    """Yield (tokens done, scores ``(4, n)`` of the chunk's scored positions or None)."""
-    length = len(piece) - 1
-    for start in range(0, length, CHUNK):
-        end = min(start + CHUNK, length)
-        chunk = mx.array([piece[start:end]])
-        reference, ours = model(chunk, cache=dense)[0], model(chunk, cache=compressed)[0]
-        skip = max(length // 2 - start, 0)
-        if skip >= end - start:
-            mx.eval(reference, ours)
-            yield end, None
-            continue
-        targets = mx.array(piece[start + 1 : end + 1])
-        yield end, np.array(_compare(reference[skip:], ours[skip:], targets[skip:]))
+        length = window // 2 + min(scored, tokens - i * scored)
+        yield token_ids[i * window : i * window + length + 1]
 
 
 def _compare(reference: mx.array, ours: mx.array, targets: mx.array) -> mx.array:
@@ -139,3 +241,17 @@ def _compare(reference: mx.array, ours: mx.array, targets: mx.array) -> mx.array
     kl = (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     same = mx.argmax(log_p, axis=-1) == mx.argmax(log_q, axis=-1)
     return mx.stack([nll_p, nll_q, kl, same.astype(mx.float32)])
+
+
+def _quality(scores: np.ndarray, bits: float) -> Quality:
+    """Figures of ``(4, positions)``, as ``_compare`` gives them."""
+    nll_reference, nll, kl, same = scores
+    return Quality(
+        ppl=float(np.exp(nll.mean())),
+        ppl_reference=float(np.exp(nll_reference.mean())),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1=float(same.mean()),
+        bits_per_element=bits,
+        tokens=len(kl),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,9 +85,9 @@ def _take_defaults(args: argparse.Namespace, mode: str) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> None:
-    config = common.scheme(args)
+    common.scheme(args)  # a bad name is an error before anything is loaded
     text = common.read_text(args.text, "alice.txt")
-    from ..evaluate import TAIL, evaluate
+    from ..evaluate import evaluate
 
     model, tokenizer = common.load_model(args.model)
     calibration = common.calibration_for(args, model, tokenizer)
@@ -99,7 +100,7 @@ def _perplexity(args: argparse.Namespace) -> None:
             window=args.window,
             tokens=args.tokens,
             calibration=calibration,
-            raw_window=1 if args.no_tail else TAIL,
+            tail=not args.no_tail,
             progress=advance,
         )
     rows = {
@@ -119,12 +120,12 @@ def _perplexity(args: argparse.Namespace) -> None:
 
 
 def _needle(args: argparse.Namespace) -> None:
-    config = common.scheme(args)
+    common.scheme(args)
     text = common.read_text(args.text, "alice.txt")
     from .. import needle
 
     model, tokenizer = common.load_model(args.model)
-    caches = _caches(args, model, tokenizer, config)
+    config, caches = _caches(args, model, tokenizer)
     with common.progress_bar("needle") as advance:
         trials = needle.retrieve(
             model,
@@ -158,12 +159,12 @@ def _needle(args: argparse.Namespace) -> None:
 
 
 def _gsm8k(args: argparse.Namespace) -> None:
-    config = common.scheme(args)
+    common.scheme(args)
     from .. import gsm8k
 
     problems = gsm8k.load(args.gsm8k)
     model, tokenizer = common.load_model(args.model)
-    caches = _caches(args, model, tokenizer, config)
+    config, caches = _caches(args, model, tokenizer)
     with common.progress_bar("gsm8k") as advance:
         answers = gsm8k.solve(
             model,
@@ -191,10 +192,11 @@ def _gsm8k(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    if args.preset or args.k_quant or args.v_quant:
+    if args.preset or args.k_quant or args.v_quant or args.layers:
         raise ValueError("--sweep measures many schemes: choose them with --schemes")
     text = common.read_text(args.text, "alice.txt")
     from .. import sweep
+    from ..evaluate import compressed
 
     configs = _schemes(args.schemes) or [TurboQuantConfig(*pair) for pair in sweep.PAIRS]
     if args.out and (missing := sweep.why_not_draw()):
@@ -202,7 +204,7 @@ def _sweep(args: argparse.Namespace) -> None:
     model, tokenizer = common.load_model(args.model)
     calibration = common.calibration_for(args, model, tokenizer)
     methods = [
-        sweep.compressed(model, config, args.window, calibration=calibration, tail=not args.no_tail)
+        compressed(model, config, args.window, calibration=calibration, tail=not args.no_tail)
         for config in configs
     ]
     with common.progress_bar("sweep") as advance:
@@ -240,13 +242,14 @@ def _schemes(names: str | None) -> list[TurboQuantConfig]:
     return found
 
 
-def _caches(args: argparse.Namespace, model, tokenizer, config: TurboQuantConfig):
-    """What makes compressed caches for ``model``, under the conditions of decoding."""
-    from ..sweep import compressed
+def _caches(args: argparse.Namespace, model, tokenizer) -> tuple[TurboQuantConfig, Callable]:
+    """The config, and what makes caches with it under the conditions of decoding."""
+    from ..evaluate import compressed
 
     calibration = common.calibration_for(args, model, tokenizer)
-    tail = not args.no_tail
-    return compressed(model, config, args.window, calibration=calibration, tail=tail).caches
+    config, tail = common.scheme(args, calibration), not args.no_tail
+    method = compressed(model, config, args.window, calibration=calibration, tail=tail)
+    return config, method.caches
 
 
 def _two_columns(rows: dict[str, str]) -> str:
