@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Calibration:
         # safetensors cannot be empty.
         arrays = arrays or {"none": mx.zeros(1)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{file.stem}.new.safetensors")
+        scratch = file.with_name(f".{file.stem}.{os.getpid()}.safetensors")
         mx.save_safetensors(str(scratch), arrays, metadata)
         scratch.replace(file)
 
@@ -69,17 +70,19 @@ def load(file: Path, model: nn.Module) -> Calibration:
     """
     if not file.is_file():
         raise FileNotFoundError(f"calibration {str(file)!r}: no such file")
+    damaged = f"calibration {str(file)!r} is damaged or foreign"
+    anew = "make it anew with `vllm-metal-tq calibrate`"
     try:
         arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
         mx.eval(arrays)  # reads the file to its end
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"calibration {str(file)!r} is damaged or foreign: {error}") from error
+        raise ValueError(f"{damaged}: {error}; {anew}") from error
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"calibration {str(file)!r} is damaged or foreign: no {_FORMAT}")
+        raise ValueError(f"{damaged}: no {_FORMAT}; {anew}")
     if metadata.get("version") != _VERSION:
         raise ValueError(
             f"calibration {str(file)!r} has version {metadata.get('version')}: "
-            f"{_VERSION} can be read; make it anew with `vllm-metal-tq calibrate`"
+            f"{_VERSION} can be read; {anew}"
         )
     if metadata.get("fingerprint") != fingerprint(model):
         raise ValueError(
@@ -91,7 +94,7 @@ def load(file: Path, model: nn.Module) -> Calibration:
         widths = metadata["widths"]
         config = TurboQuantConfig.from_names(layers=widths) if widths else None
     except (KeyError, ValueError) as error:
-        raise ValueError(f"calibration {str(file)!r} is damaged or foreign: {error}") from error
+        raise ValueError(f"{damaged}: {error}; {anew}") from error
     return Calibration(tuple(centres), metadata["fingerprint"], config)
 
 

@@ -49,10 +49,24 @@ def test_the_first_use_of_a_model_calibrates_it_once(capsys, demo, tmp_path, mon
     before = made.stat().st_mtime_ns
     assert main(generate) == 0
     assert made.stat().st_mtime_ns == before
-    made.write_bytes(made.read_bytes()[:-10])
+    made.write_bytes(made.read_bytes()[:-10])  # cut short
     capsys.readouterr()
     assert main(generate) == 2
-    assert "is damaged or foreign" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is damaged or foreign" in error
+    assert "make it anew with `vllm-metal-tq calibrate`" in error
+
+
+def test_a_calibration_that_cannot_be_kept_serves_all_the_same(capsys, tmp_path, monkeypatch):
+    from vllm_metal_tq.cli import common
+
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / "file" / name)
+    monkeypatch.setattr(common, "CALIBRATION_TOKENS", 64)
+    assert main(["generate", "--model", "demo", "-m", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["tokens"] == 1
+    assert err.startswith("the calibration is not kept: ")
 
 
 def test_widths_chosen_within_a_budget_serve_where_none_are_named(capsys, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -129,7 +130,10 @@ def calibration_for(args: argparse.Namespace, model, tokenizer):
     if found is None:
         text = read_text(None, "calibration.txt")
         found = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
-        found.save(calibration.place(model))
+        try:
+            found.save(calibration.place(model))
+        except OSError as error:
+            print(f"the calibration is not kept: {error}", file=sys.stderr)
     return found
 
 

@@ -91,8 +91,8 @@ def _checks(executor: str, layout) -> list:
     if executor == "simulator":
         from ..msl.simulate import simulate
 
-        return selfcheck.check(layout, simulate)
-    return selfcheck.check(layout, launch.on_gpu)
+        return selfcheck.check(layout, simulate, centred=True)
+    return selfcheck.check(layout, launch.on_gpu, centred=True)
 
 
 def _row(check) -> list[str]:
