@@ -32,6 +32,14 @@ template <int N> TQ_FN constexpr int tq_windows() { return N > 4 ? 1 : N > 2 ? 2
 // Numbers stored for a token.
 template <int N> TQ_FN constexpr int tq_columns() { return N == 1 ? 1 : (N + 1) / 2 * 2; }
 
+// f of a token and a lane's two columns; of one query there is one.
+template <int N> TQ_FN float2 tq_two(const threadgroup float* f) {
+  if (N > 1) return *(const threadgroup float2*)f;
+  float2 x;
+  x.x = x.y = f[0];
+  return x;
+}
+
 // A and B of each pair, for W windows of C columns each; a column beyond the last one repeats it.
 // queries: those of a KV head; means: mu of each pair; turns: elements and steps of the pairs.
 template <class T, int D, int S, int W, int C>

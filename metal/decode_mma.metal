@@ -166,10 +166,16 @@
   }
   float m0 = -1e30f, m1 = -1e30f, l0 = 0.0f, l1 = 0.0f;
   float g0 = 0.0f, g1 = 0.0f;
-  threadgroup float* f = shared + (CENTRE ? sg * POOL : 0);
+  // f of this lane's tokens and columns lies in shared from `place` + `passed` on.
+  constexpr int NC = tq_columns<N>();
+  const int place = sg * POOL + row * NC + (N > 1 ? min(2 * quad, NC - 2) : 0);
   const uint shift = CENTRE ? uint(lengths[3 * seq + 2]) : 0u;
-  int ready = 0;  // tokens that f is known of
+  int passed = F;
 
+  // Pages of this KV head; offsets are sums of what a lane and what the text decides, in this order,
+  // so that the latter end up in the loads.
+  const device uchar* own = pages + size_t(kvh) * PAGE;
+  const uint stride = uint(HKV) * PAGE;
   int blocks[NB];
   TQ_UNROLL
   for (int b = 0; b < NB; ++b) {
@@ -179,9 +185,9 @@
   TQ_NO_UNROLL
   for (int tile = tile0; tile < tile1; tile += STEP) {
     if (CENTRE) {
-      if (ready == 0) {
-        tq_centre_mma<D, N, S>(f, shared + NSG * POOL, turns + D, shift + uint((sub0 + tile * NB) * 16), lane);
-        ready = TOKENS;
+      if (passed == F) {
+        tq_centre_mma<D, N, S>(shared + sg * POOL, shared + NSG * POOL, turns + D, shift + uint((sub0 + tile * NB) * 16), lane);
+        passed = 0;
       }
     }
     // Load.
@@ -193,20 +199,22 @@
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
       const int sub = min(sub0 + tile * NB + b, nsub - 1);
-      const device uchar* page = pages + (size_t(blocks[b]) * HKV + kvh) * size_t(PAGE);
+      const device uchar* page = own + size_t(uint(blocks[b])) * stride;
       const device uchar* base = page + sub % NSB * SUB;
       TQ_UNROLL
       for (int c = 0; c < NKC; ++c) {
         constexpr int PER = 128 / (4 * KD);  // chunks of a unit
         const int unit = c / PER;
         const int dims = min(128, D - 128 * unit);
-        const int from = c % PER * (4 * KD) + quad * KD;
-        const int mine = from < dims ? from : 0;
+        const bool there = c % PER * 4 + quad < dims / KD;
+        const int quarter = there ? quad : 0;
+        const int chunk = there ? c % PER * 4 : 0;
+        const device uchar* low = base + row * (dims * KL / 8) + (chunk + quarter) * (KD * KL / 8);
+        const device uchar* high = base + row * (dims * KH / 8) + (chunk + quarter) * (KD * KH / 8);
         TQ_UNROLL
         for (int t = 0; t < 2; ++t) {
-          const int at = (row + 8 * t) * dims + mine;
-          tq_load<KLW * 4>(kl[b][c][t], base + unit * 256 * KL + at * KL / 8);
-          if (KH > 0) tq_load<KHB>(kh[b][c][t], base + 2 * D * KL + unit * 256 * KH + at * KH / 8);
+          tq_load<KLW * 4>(kl[b][c][t], low + (unit * 256 * KL + t * dims * KL));
+          if (KH > 0) tq_load<KHB>(kh[b][c][t], high + (2 * D * KL + unit * 256 * KH + t * dims * KH));
           else kh[b][c][t][0] = 0;
         }
       }
@@ -214,16 +222,16 @@
       for (int u = 0; u < NU; ++u) {
         const int rows = min(128, D - 128 * u) / VD;
         const int mine = (row < rows ? row : 0) * 4 + quad;
-        const device uchar* values = base + 2 * D * KB + u * 256 * VL;
+        const device uchar* low = base + mine * VLS;
+        const device uchar* high = base + mine * VHB;
         TQ_UNROLL
-        for (int i = 0; i < VLN; ++i) tq_load<VLS>(vl[b][u][i], values + (i * rows * 4 + mine) * VLS);
-        if (VH > 0) tq_load<VHB>(vh[b][u], base + 2 * D * (KB + VL) + u * 256 * VH + mine * VHB);
+        for (int i = 0; i < VLN; ++i) tq_load<VLS>(vl[b][u][i], low + (2 * D * KB + u * 256 * VL + i * rows * 4 * VLS));
+        if (VH > 0) tq_load<VHB>(vh[b][u], high + (2 * D * (KB + VL) + u * 256 * VH));
         else vh[b][u][0] = 0;
       }
+      const device uchar* mine = page + (sub % NSB * 16 + row) * 4;
       TQ_UNROLL
-      for (int t = 0; t < 2; ++t) {
-        scales[b][t] = tq_load1(page + NSB * SUB + (sub % NSB * 16 + row + 8 * t) * 4);
-      }
+      for (int t = 0; t < 2; ++t) scales[b][t] = tq_load1(mine + (NSB * SUB + t * 32));
     }
 
     TQ_UNROLL
@@ -263,20 +271,21 @@
       const float scale0 = float(tq_low(scales[b][0])), scale1 = float(tq_low(scales[b][1]));
       const float k0 = (CENTRE ? abs(scale0) : scale0) * factor;
       const float k1 = (CENTRE ? abs(scale1) : scale1) * factor;
-      s[b].x *= k0;
-      s[b].y *= k0;
-      s[b].z *= k1;
-      s[b].w *= k1;
       if (CENTRE) {
-        constexpr int NC = tq_columns<N>();
-        const threadgroup float* mine = f + (TOKENS - ready + 16 * b + row) * NC + (N > 1 ? min(2 * quad, NC - 2) : 0);
-        const bool flag0 = (scales[b][0] & 0x8000u) != 0, flag1 = (scales[b][1] & 0x8000u) != 0;
-        s[b].x += flag0 ? mine[0] : 0.0f;
-        s[b].z += flag1 ? mine[8 * NC] : 0.0f;
-        if (N > 1) {
-          s[b].y += flag0 ? mine[1] : 0.0f;
-          s[b].w += flag1 ? mine[8 * NC + 1] : 0.0f;
-        }
+        float2 f0, f1;
+        f0.x = f0.y = f1.x = f1.y = 0.0f;
+        const threadgroup float* f = shared + place + passed + 16 * b * NC;
+        if (scales[b][0] & 0x8000u) f0 = tq_two<N>(f);
+        if (scales[b][1] & 0x8000u) f1 = tq_two<N>(f + 8 * NC);
+        s[b].x = fma(s[b].x, k0, f0.x);
+        s[b].y = fma(s[b].y, k0, f0.y);
+        s[b].z = fma(s[b].z, k1, f1.x);
+        s[b].w = fma(s[b].w, k1, f1.y);
+      } else {
+        s[b].x *= k0;
+        s[b].y *= k0;
+        s[b].z *= k1;
+        s[b].w *= k1;
       }
       if (SOFTCAP) {
         s[b].x = tq_softcap(s[b].x, numbers[1]);
@@ -285,7 +294,7 @@
         s[b].w = tq_softcap(s[b].w, numbers[1]);
       }
     }
-    if (CENTRE) ready -= NB * 16;
+    if (CENTRE) passed += 16 * NB * NC;
     const int token = (sub0 + tile * NB) * 16;
     if (token < begin_of_all || token + NB * 16 > end_of_all) {
       TQ_UNROLL
@@ -336,7 +345,7 @@
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
       const int sub = min(sub0 + (tile + STEP) * NB + b, nsub - 1);
-      const device uchar* page = pages + (size_t(blocks[b]) * HKV + kvh) * size_t(PAGE);
+      const device uchar* page = own + size_t(uint(blocks[b])) * stride;
       if (lane == 0) {
         tq_prefetch(page + sub % NSB * SUB, SUB);
         tq_prefetch(page + NSB * SUB + sub % NSB * 64, 64);
@@ -354,9 +363,8 @@
       l0 += w.x + w.z;
       l1 += w.y + w.w;
       if (CENTRE) {
-        const bool flag0 = int(scales[b][0]) < 0, flag1 = int(scales[b][1]) < 0;
-        g0 += (flag0 ? w.x : 0.0f) + (flag1 ? w.z : 0.0f);
-        g1 += (flag0 ? w.y : 0.0f) + (flag1 ? w.w : 0.0f);
+        if (int(scales[b][0]) < 0) g0 += w.x, g1 += w.y;
+        if (int(scales[b][1]) < 0) g0 += w.z, g1 += w.w;
       }
       if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) >= numbers[2])) continue;
       const float scale0 = float(tq_high(scales[b][0])), scale1 = float(tq_high(scales[b][1]));

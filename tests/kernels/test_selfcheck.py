@@ -1,5 +1,7 @@
 """The self-check passes where kernels are right and says which one is wrong."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from simulator import simulate
@@ -17,6 +19,7 @@ ALL = [
     ("decode", "fma"),
     ("merge", "tail, sinks"),
 ]
+CENTRED = [(name, f"{variant}, centre") for name, variant in ALL[2:]]
 
 needs_simulator = pytest.mark.skipif(
     not msl.can_simulate(), reason=str(msl.compiler.why_not_simulate())
@@ -49,6 +52,26 @@ def test_every_kernel_is_checked_and_right():
     assert [(c.name, c.variant) for c in checks] == ALL
     assert all(c.ok for c in checks), checks
     assert all(0 <= c.max_rel_error < 5e-4 and c.message == "" for c in checks)
+
+
+@needs_simulator
+def test_decode_and_merge_are_checked_with_a_centre_too():
+    checks = check(LAYOUT, simulate, centred=True)
+    assert [(c.name, c.variant) for c in checks] == ALL + CENTRED
+    assert all(c.ok for c in checks), checks
+    assert all(0 <= c.max_rel_error < 5e-4 for c in checks)
+
+
+@needs_simulator
+def test_a_centred_token_without_its_mean_is_noticed():
+    def without_mean(launch):
+        if launch.kernel == "merge" and launch.template["CENTRE"]:
+            nothing = mx.zeros_like(launch.inputs["value_mean"])
+            launch = replace(launch, inputs=launch.inputs | {"value_mean": nothing})
+        return simulate(launch)
+
+    checks = check(LAYOUT, without_mean, centred=True)
+    assert [(c.name, c.variant) for c in checks if not c.ok] == CENTRED
 
 
 @needs_simulator

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import codec
+from ..centre import TURN, TWO_PI, Centre
 from ..layout import PageLayout
 from ..pages import PagePool
 from ..rotation import rotate, unrotate
@@ -23,6 +24,7 @@ LENGTHS = (150, 37)  # tokens in pages of each of two sequences; both end inside
 MAX_TOKENS = 2048  # told to decode, so that it splits the context
 NOT_IN_PAGES = 5  # tokens of each sequence that only the tail has
 HEADS, KV_HEADS = 4, 2
+SHIFT = 100_000  # positions of centred tokens less their indices
 
 ROUNDING = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 """Distance of neighbouring numbers, relative to their size."""
@@ -57,6 +59,7 @@ def check(
     execute: Executor = on_gpu,
     dtype: mx.Dtype = mx.float32,
     variants: Sequence[str] = ("mma", "fma"),
+    centred: bool = False,
 ) -> list[Check]:
     """Check every kernel once.
 
@@ -68,17 +71,28 @@ def check(
         execute: what runs the launches.
         dtype: of the keys, values and queries: float32, float16 or bfloat16.
         variants: of decode.
+        centred: check decode and merge with a centre, too.
     """
     case = _Case(layout, dtype)
-    decode_bound = DECODE_BOUND + ROUNDING[dtype]
-    return [
+    checks = [
         _check("encode", None, ENCODE_BOUND, lambda: case.encode_error(execute)),
         _check("gather", None, 2 * ROUNDING[dtype], lambda: case.gather_error(execute)),
+        *_check_attention(case, execute, variants, ""),
+    ]
+    if centred:
+        case = _Case(layout, dtype, _centre(layout.head_dim))
+        checks += _check_attention(case, execute, variants, ", centre")
+    return checks
+
+
+def _check_attention(case: _Case, execute: Executor, variants, more: str) -> list[Check]:
+    bound = DECODE_BOUND + ROUNDING[case.dtype]
+    return [
         *(
-            _check("decode", variant, decode_bound, partial(case.decode_error, execute, variant))
+            _check("decode", variant + more, bound, partial(case.decode_error, execute, variant))
             for variant in variants
         ),
-        _check("merge", "tail, sinks", decode_bound, lambda: case.merge_error(execute)),
+        _check("merge", "tail, sinks" + more, bound, lambda: case.merge_error(execute)),
     ]
 
 
@@ -92,11 +106,26 @@ def _check(name: str, variant: str | None, bound: float, error: Callable[[], flo
     return Check(name, variant, worst <= bound, worst)
 
 
+def _centre(head_dim: int) -> Centre:
+    """A random one; an odd head_dim, which no rotary embedding has, leaves out an element."""
+    rng = np.random.default_rng(1)
+    pairs = np.arange(head_dim // 2)
+    steps = 10_000.0 ** (-pairs / max(len(pairs), 1)) / TWO_PI * TURN
+    smoothing = np.ones((KV_HEADS, head_dim))
+    smoothing[:, : 2 * len(pairs)] = np.tile(rng.uniform(0.8, 1.25, (KV_HEADS, len(pairs))), 2)
+    shape = KV_HEADS, head_dim
+    arrays = 2 * rng.normal(size=shape), smoothing, 0.5 * rng.normal(size=shape)
+    return Centre(
+        np.column_stack([pairs, pairs + len(pairs), steps]).astype(np.uint32),
+        *(mx.array(x.astype(np.float32)) for x in arrays),
+    )
+
+
 class _Case:
     """Two sequences of random keys and values, encoded by the codec into shuffled pages."""
 
-    def __init__(self, layout: PageLayout, dtype: mx.Dtype):
-        self.layout, self.dtype = layout, dtype
+    def __init__(self, layout: PageLayout, dtype: mx.Dtype, centre: Centre | None = None):
+        self.layout, self.dtype, self.centre = layout, dtype, centre
         rng = np.random.default_rng(0)
 
         def random(*shape):
@@ -115,8 +144,14 @@ class _Case:
             self.tail = random(*tail_shape), random(*tail_shape)
             self.sinks = mx.array(rng.normal(size=HEADS).astype(np.float32))
             self.table = mx.array(table)
-            rows = codec.encode(self.keys, self.values, layout)
-            self.decoded = _decoded(rows, layout)
+            indices = np.concatenate([np.arange(length) for length in LENGTHS])
+            positions = mx.array((indices + SHIFT).astype(np.int32))
+            if centre:  # three tokens of four lie near the means
+                near = (mx.arange(len(indices)) % 4 > 0)[:, None]
+                self.keys = mx.where(near, self.keys + centre.at(positions), self.keys)
+                self.values = mx.where(near, self.values + centre.value_mean[:, None], self.values)
+            rows = codec.encode(self.keys, self.values, layout, centre, positions)
+            self.decoded = _decoded(rows, layout, centre, positions)
             self.pages = _pages(rows, layout, blocks)
             mx.eval(self.decoded, self.pages, self.queries, self.tail, self.sinks, self.table)
 
@@ -159,9 +194,10 @@ class _Case:
             self.queries,
             self.pages,
             self.table,
-            mx.array([[length, length + tail_size, 0] for length in LENGTHS], mx.int32),
+            mx.array([[length, length + tail_size, SHIFT] for length in LENGTHS], mx.int32),
             self.layout,
             Options(scale),
+            centre=self.centre,
             max_tokens=MAX_TOKENS,
             variant=variant,
             execute=execute,
@@ -176,6 +212,8 @@ class _Case:
             for i, length in enumerate(LENGTHS):
                 past = (x[:, start : start + length] for x in self.decoded)
                 parts = [unrotate(x, self.layout.head_dim) for x in past]
+                if self.centre:
+                    parts[0] = parts[0] / self.centre.smoothing[:, None]
                 if tail is not None:
                     slots = mx.arange(length, length + NOT_IN_PAGES) % TAIL
                     parts = [
@@ -192,12 +230,20 @@ class _Case:
             return mx.stack(attended)
 
 
-def _decoded(rows: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
+def _decoded(
+    rows: mx.array,
+    layout: PageLayout,
+    centre: Centre | None = None,
+    positions: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
     """What the codec makes of rows: float32 ``(KV_HEADS, num_tokens, dim)`` each, rotated."""
     num_tokens = rows.shape[1]
     blocks = np.arange(-(-num_tokens // layout.config.block_size))
-    pages = _written(rows, layout, np.arange(num_tokens), len(blocks))
-    parts = codec.decode(pages.swapaxes(0, 1), layout)
+    pages = _written(rows, layout, np.arange(num_tokens), len(blocks)).swapaxes(0, 1)
+    if centre:
+        unused = len(blocks) * layout.config.block_size - num_tokens
+        positions = mx.pad(positions, (0, unused))
+    parts = codec.decode(pages, layout, centre, positions)
     return tuple(x.flatten(1, 2)[:, :num_tokens] for x in parts)
 
 
