@@ -129,3 +129,8 @@ template <int SHIFT> TQ_FN half2 tq_round_and_half(half2 x) {
 }
 // The integer nearest to x, plus 1/2, for x from 0 to 2^22.
 TQ_FN float tq_round_and_half(float x) { return (x + 8388608.0f) - 8388607.5f; }
+
+// At most 128 registers a lane, so that 16 SIMD-groups fit a processor: MLX's own signatures say
+// nothing of it, and decode_mma then takes up to 138.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(256, 2)
