@@ -194,7 +194,8 @@ class _Centring:
 def _centring(centre, variant: str, width: int, dim: int, tokens: int) -> _Centring:
     """For SIMD-groups that attend to so many tokens each."""
     if centre is None:
-        template = {"S": MIN_WINDOW} | ({"TURNED": 0} if variant == "fma" else {})
+        # Not used, but compiled: it must not make arrays of no elements.
+        template = {"S": MIN_WINDOW} if variant == "mma" else {"S": FMA_WINDOW, "TURNED": 0}
         return _Centring(signs(dim), signs(dim), tables.nothing(), template)
     if variant == "mma":
         window = _window(centre, width, dim, tokens)
