@@ -20,6 +20,11 @@ class Planted:
 
 # What Metal has not; without the planted piece the kernel is the one that test_clean accepts.
 REFUSED = {
+    "array of no elements": Planted(
+        "y[t] = f<1>();",
+        "zero size",
+        "template <int N> inline float f() {\n float a[N / 2];\n return N > 1 ? a[0] : 0.0f;\n}",
+    ),
     "device pointer from a threadgroup array": Planted(
         "device float* p = s; y[t] = p[0];", r"line 8: cannot initialize .* 'device float \*'"
     ),

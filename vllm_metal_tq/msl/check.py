@@ -27,6 +27,7 @@ _OPTIONS = [
     *("-Wno-c++17-extensions", "-Wno-duplicate-decl-specifier"),
     *("-Werror=return-type", "-Werror=shift-count-overflow"),
     *("-Werror=uninitialized", "-Werror=sometimes-uninitialized"),
+    "-Werror=zero-length-array",
 ]
 
 
