@@ -64,6 +64,11 @@ TQ_FN uint tq_load1(const uchar* p) {
 TQ_FN uint tq_load_half(const uchar* p) { return *(const ushort*)p; }
 TQ_FN half tq_low(uint x) { return __ushort_as_half((ushort)(x & 0xffffu)); }
 TQ_FN half tq_high(uint x) { return __ushort_as_half((ushort)(x >> 16)); }
+// The two elements of a word, as floats.
+template <class T> TQ_FN float tq_first(uint x) { return float(as_type<T>(ushort(x & 0xffffu))); }
+template <class T> TQ_FN float tq_second(uint x) { return float(as_type<T>(ushort(x >> 16))); }
+template <> TQ_FN float tq_first<__nv_bfloat16>(uint x) { return as_type<float>(x << 16); }
+template <> TQ_FN float tq_second<__nv_bfloat16>(uint x) { return as_type<float>(x & 0xffff0000u); }
 TQ_FN uint tq_pack(float a, float b) { return as_type<uint>(__floats2half2_rn(a, b)); }
 
 #define TQ_ROW(lane) ((lane) >> 2)
@@ -121,6 +126,10 @@ TQ_FN float tq_inverse_root(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// The integer nearest to x * N, x limited to 0 and 1, for N up to 2^22.
+template <int N> TQ_FN uint tq_nearest(float x) {
+  return as_type<uint>(fma(__saturatef(x), float(N), 8388608.0f)) - 0x4b000000u;
 }
 // The integer nearest to x, plus 1/2, for x from 0 to 2^9, times 2^-SHIFT.
 template <int SHIFT> TQ_FN half2 tq_round_and_half(half2 x) {

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from lloyd_max import distortion, lloyd_max
 
-from vllm_metal_tq.codebook import key_codebook, value_codebook
+from vllm_metal_tq.codebook import CELL_TERMS, key_codebook, value_codebook
 from vllm_metal_tq.config import WIDTHS
 
 
@@ -30,9 +30,16 @@ def test_the_oracle_agrees_with_published_distortions():
         assert distortion(lloyd_max(bits)) == pytest.approx(value, rel=1e-3)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("codebook_of", [key_codebook, value_codebook])
-def test_codes_are_the_nearest_levels(codebook_of, bits):
+@pytest.mark.parametrize(
+    ("codebook_of", "bits", "cells"),
+    [
+        *((key_codebook, bits, 0.0) for bits in WIDTHS),
+        *((value_codebook, bits, 0.01) for bits in WIDTHS[:-1]),
+        (value_codebook, 8, 0.05),
+    ],
+)
+def test_codes_are_the_nearest_levels(codebook_of, bits, cells):
+    """Up to a share of a cell, near where two of them meet."""
     codebook = codebook_of(bits)
     x = 3 * mx.random.normal((4096,), key=mx.random.key(bits))
     nearest = np.abs(np.array(x)[:, None] - levels(codebook)).argmin(axis=1)
@@ -40,8 +47,23 @@ def test_codes_are_the_nearest_levels(codebook_of, bits):
     tie = np.abs(np.array(x) - levels(codebook)[codes]) - np.abs(
         np.array(x) - levels(codebook)[nearest]
     )
+    size = np.gradient(levels(codebook))[codes]
     assert codes.dtype == np.uint8
-    assert np.abs(tie).max() < 1e-5
+    assert (np.abs(tie) <= 2 * cells * size + 1e-5).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_cells_of_kernels_are_the_codes(bits):
+    """Beyond the last boundary too, as far as the largest element of a vector may lie."""
+    codebook = value_codebook(bits)
+    x = np.linspace(0, 1.2 * codebook.largest, 4001)
+    cells = x * np.polynomial.Polynomial(codebook.cell_polynomial(CELL_TERMS[bits]))(
+        x * x - codebook.cell_centre
+    )
+    codes = np.array(codebook.codes(mx.array(x[1:].astype(np.float32)))).astype(int)
+    found = np.minimum(np.floor(cells[1:]), 2 ** (bits - 1) - 1) + 2 ** (bits - 1)
+    off = np.abs(cells[1:] - np.round(cells[1:])) < 1e-3  # float32 may round to either side
+    assert np.array_equal(codes[~off], found[~off])
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

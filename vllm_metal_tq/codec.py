@@ -2,10 +2,10 @@
 
 This is the oracle of every kernel.
 
-Both codecs rotate a head vector, try a few scales, keep the codes whose levels point most nearly
-in the vector's direction, and store one fp16 scale. They differ in the codebook and in the scale:
-a key's is the least-squares one; a value's keeps the vector's norm, because least squares shrinks
-every value by the same factor and attention would sum those errors coherently.
+Both codecs rotate a head vector, try a few steps, keep the codes with the least square error, and
+store one fp16 scale, which is that step. They differ in the codebook, and in that values are made
+as long as they were, on average: codes shrink every value by the same factor, and attention would
+sum those errors coherently.
 
 A zero vector, or one whose scale is below fp16's smallest number, decodes to zeros.
 
@@ -25,13 +25,30 @@ from .codebook import Gaussian, Uniform, key_codebook, value_codebook
 from .layout import PLANE_BITS, PageLayout
 from .rotation import rotate
 
-# Steps tried per vector. For keys, the outermost cell as a fraction of the largest element: as
-# good as multiples of the RMS up to 4 bits and better above. For values, multiples of the RMS,
-# for which the codebook is made. Figures: docs/codec.md.
-KEY_CLIPS = (0.55, 0.62, 0.70, 0.78, 0.86, 0.93, 1.0)
-VALUE_STRETCHES = (0.80, 0.88, 0.94, 1.0, 1.06, 1.12, 1.20)
+# Steps tried per vector: bits -> where the last cell of keys ends, and where the last level of
+# values lies, as fractions of the largest element. benchmarks/scale_search.py judges them.
+# Keys get more of them, because their errors weigh more.
+KEY_CLIPS = {
+    2: (0.578, 0.678, 0.765, 0.862),
+    3: (0.722, 0.814, 0.881, 0.974),
+    4: (0.86, 0.913, 0.969, 1.029),
+    5: (0.965, 1.0, 1.024),
+    6: (0.998, 1.01, 1.047),
+    8: (1.004, 1.012, 1.02),
+}
+VALUE_CLIPS = {
+    2: (0.458, 0.538, 0.631),
+    3: (0.692, 0.78, 0.862),
+    4: (0.907, 0.982),
+    5: (0.955, 0.99, 1.026),
+    6: (0.99, 1.144, 1.171),
+    8: (1.389,),
+}
 
-SLICE = 256  # tokens encoded at a time: trying seven steps takes 70 times the memory of its input
+# Bits -> what makes values as long as they were, on average.
+VALUE_GAINS = {2: 1.064, 3: 1.0165, 4: 1.0035, 5: 1.001, 6: 1.0002, 8: 1.0}
+
+SLICE = 256  # tokens encoded at a time: trying four steps takes 40 times the memory of its input
 
 
 def encode(
@@ -182,12 +199,9 @@ def encode_keys(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
         bits: code width.
 
     Returns:
-        uint8 codes ``(..., dim)`` and fp16 least-squares scales ``(...)``.
+        uint8 codes ``(..., dim)`` and fp16 scales ``(...)``.
     """
-    half = 2 ** (bits - 1)
-    peak = mx.abs(y).max(axis=-1, keepdims=True)
-    codes, z = _nearest(y, peak, [clip / half for clip in KEY_CLIPS], key_codebook(bits))
-    return codes, ((y * z).sum(axis=-1) / (z * z).sum(axis=-1)).astype(mx.float16)
+    return _nearest(y, [clip / 2 ** (bits - 1) for clip in KEY_CLIPS[bits]], key_codebook(bits))
 
 
 def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
@@ -198,29 +212,30 @@ def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
         bits: code width.
 
     Returns:
-        uint8 codes ``(..., dim)`` and fp16 norm-preserving scales ``(...)``.
+        uint8 codes ``(..., dim)`` and fp16 scales ``(...)``.
     """
-    rms = mx.sqrt(mx.mean(y * y, axis=-1, keepdims=True))
-    codes, z = _nearest(y, rms, VALUE_STRETCHES, value_codebook(bits))
-    return codes, (mx.linalg.norm(y, axis=-1) / mx.linalg.norm(z, axis=-1)).astype(mx.float16)
+    codebook = value_codebook(bits)
+    steps = [clip / codebook.largest for clip in VALUE_CLIPS[bits]]
+    return _nearest(y, steps, codebook, VALUE_GAINS[bits])
 
 
 def _nearest(
-    y: mx.array, size: mx.array, factors: Sequence[float], codebook: Uniform | Gaussian
+    y: mx.array, steps: Sequence[float], codebook: Uniform | Gaussian, gain: float = 1.0
 ) -> tuple[mx.array, mx.array]:
-    """Codes of y at the best of the steps ``size * factors``, and their levels z.
+    """Codes of y at the best of the steps, and this step times the gain, in fp16.
 
-    Codes leave an error of |y|^2 (1 - cos^2) under their best scale, where cos is the cosine of
-    y and z: the step with the largest cosine wins.
+    The best step has the least |y - step * z|^2, where z are the codes' levels. Steps are given as
+    fractions of the largest element of each vector, which says nearly all about the best step from
+    4 bits on.
     """
-    steps = size * mx.array(factors).reshape(-1, *(1 for _ in y.shape))
-    steps = mx.where(steps == 0, 1, steps)  # zero vectors
-    codes = codebook.codes(y / steps)
-    z = codebook.levels(codes)
-    cosine = (y * z).sum(axis=-1, keepdims=True) * mx.rsqrt((z * z).sum(axis=-1, keepdims=True))
-    best = mx.argmax(cosine, axis=0, keepdims=True)
-    codes = mx.take_along_axis(codes, best, axis=0)[0]
-    return codes, codebook.levels(codes)
+    size = mx.abs(y).max(axis=-1, keepdims=True)
+    steps = size * mx.array(steps).reshape(-1, *(1,) * y.ndim)
+    safe = mx.where(steps == 0, 1, steps)  # zero vectors
+    codes = codebook.codes(y / safe)
+    error = mx.square(y - steps * codebook.levels(codes)).sum(axis=-1, keepdims=True)
+    best = mx.argmin(error, axis=0, keepdims=True)
+    codes, step = (mx.take_along_axis(x, best, axis=0)[0] for x in (codes, steps))
+    return codes, (step[..., 0] * gain).astype(mx.float16)
 
 
 def _pack(codes: mx.array, bits: int) -> list[mx.array]:

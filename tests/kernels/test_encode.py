@@ -6,16 +6,16 @@ import pytest
 from rows import decoded
 
 from vllm_metal_tq import codec
-from vllm_metal_tq.config import WIDTHS, TurboQuantConfig
-from vllm_metal_tq.kernels.encode import TERMS, _boundaries, _final_terms, _to_cell, encode
+from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.kernels.encode import encode
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.rotation import rotate, unrotate
 
 # A vector whose two best steps are nearly as good as each other may get the second best, so a few
 # rows differ, and square errors are a little above the oracle's: 1e-4 in the mean, more where the
-# vectors are as few as here. The steps of 8-bit values are the closest to each other.
+# vectors are as few as here. Errors of 8-bit keys are the least certain in half precision.
 EXCESS = 1e-3
-SAME_ROWS = {2: 0.97, 3: 0.97, 4: 0.97, 5: 0.97, 6: 0.93, 8: 0.8}
+SAME_ROWS = {2: 0.97, 3: 0.97, 4: 0.95, 5: 0.95, 6: 0.95, 8: 0.9}
 
 
 def layout(k_bits=4, v_bits=4, head_dim=64):
@@ -59,7 +59,7 @@ def test_encode_is_the_codecs_up_to_rounding(k_bits, v_bits, head_dim, dtype, ex
     keys, values = normal(2, 2, 61, head_dim, seed=k_bits, dtype=dtype) * mx.array(0.05, dtype)
     rows, oracle = encode(keys, values, page, execute), codec.encode(keys, values, page)
     same = (rows == oracle).all(axis=-1).astype(mx.float32).mean().item()
-    assert same >= SAME_ROWS[v_bits]
+    assert same >= min(SAME_ROWS[k_bits], SAME_ROWS[v_bits])
     errors = zip(
         square_error(rows, page, keys, values),
         square_error(oracle, page, keys, values),
@@ -80,23 +80,21 @@ def test_vectors_with_outliers(head_dim, execute):
     assert all(x <= (1 + EXCESS) * y + 1e-9 for x, y in zip(found, best, strict=True))
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_values_beyond_the_last_boundary_are_in_the_last_cell(bits):
-    boundaries = _boundaries(bits)
-    centre, cells = boundaries[-1] ** 2 / 2, 2 ** (bits - 1)
-    y = np.concatenate([np.linspace(boundaries[-1], 6, 1000), np.linspace(6, 32, 100)])
-    for terms in (TERMS[bits], _final_terms(bits)):
-        coefficients = _to_cell(boundaries, centre, terms)
-        cell = y * np.polynomial.Polynomial(coefficients)(y**2 - centre)
-        assert cell.min() > cells - 1.02
-
-
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_lengths_from_small_to_large(size, execute):
     page = layout(v_bits=6)
     keys, values = normal(2, 1, 16, 64) * size
     rows, oracle = encode(keys, values, page, execute), codec.encode(keys, values, page)
     assert (rows == oracle).all(axis=-1).sum().item() >= 15
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_rows_do_not_depend_on_how_many_lanes_share_a_vector(head_dim, execute, monkeypatch):
+    page = layout(4, 4, head_dim)
+    keys, values = normal(2, 1, 150, head_dim)
+    few = encode(keys, values, page, execute)
+    monkeypatch.setattr("vllm_metal_tq.kernels.encode.MANY", 1)
+    assert mx.array_equal(few, encode(keys, values, page, execute))
 
 
 @pytest.mark.parametrize("head_dim", [8, 64])

@@ -7,17 +7,18 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from ..codebook import value_codebook
-from ..codec import KEY_CLIPS, VALUE_STRETCHES
+from ..codebook import CELL_TERMS, value_codebook
+from ..codec import KEY_CLIPS, VALUE_CLIPS, VALUE_GAINS
 from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
 from .gather import plane_constants
 from .launch import Executor, Launch, integers, on_gpu
 
 MAX_DIM = 512  # 32 lanes of 16 elements
+MANY = 4096  # vectors, which keep a GPU busy
 SIMDGROUPS = 4  # of a threadgroup
-TERMS = {2: 1, 3: 3, 4: 5, 5: 7, 6: 9, 8: 13}
-"""Value width -> terms of the polynomial that takes a value to its cell."""
+SEARCH_TERMS = {2: 1, 3: 3, 4: 3, 5: 5, 6: 7, 8: 9}
+"""Value width -> terms of the polynomial that takes a value to its cell during the search."""
 
 
 def encode(
@@ -45,9 +46,9 @@ def encode(
         raise ValueError(f"{layout.dim} dimensions are too many: encode takes {MAX_DIM}")
     heads, num_tokens, head_dim = keys.shape
     dim, count = layout.dim, heads * num_tokens
-    share = _share(dim)
+    share = _share(dim, count)
     at_once = SIMDGROUPS * 32 * share // dim
-    sign_bits, steps = _tables(layout)
+    sign_bits, numbers, halves = _tables(layout)
     launch = Launch(
         kernel="encode",
         inputs={
@@ -55,7 +56,8 @@ def encode(
             "values": values,
             "count": integers(count),
             "signs": sign_bits,
-            "steps": steps,
+            "numbers": numbers,
+            "halves": halves,
         },
         template={
             "HEAD_DIM": head_dim,
@@ -63,9 +65,10 @@ def encode(
             "M": hadamard_factor(dim),
             "E": share,
             "ROW": layout.row_bytes,
-            "STEPS": len(KEY_CLIPS),
-            "TERMS": TERMS[layout.config.v_bits],
-            "FINAL_TERMS": _final_terms(layout.config.v_bits),
+            "K_STEPS": len(KEY_CLIPS[layout.config.k_bits]),
+            "V_STEPS": len(VALUE_CLIPS[layout.config.v_bits]),
+            "SEARCH_TERMS": SEARCH_TERMS[layout.config.v_bits],
+            "TERMS": CELL_TERMS[layout.config.v_bits],
             "GROUPS": SIMDGROUPS,
             **plane_constants(layout),
         },
@@ -76,53 +79,46 @@ def encode(
     return execute(launch)[0]
 
 
-def _share(dim: int) -> int:
-    """Elements of a vector that one lane transforms."""
+def _share(dim: int, count: int) -> int:
+    """Elements of a vector that one lane transforms: many take fewer instructions and more time.
+
+    Rows are the same bit by bit either way.
+    """
     factor = hadamard_factor(dim)
-    return 16 if factor == 1 else factor
+    if factor != 1:
+        return factor
+    return 32 if count >= MANY else 16
 
 
 @lru_cache
-def _tables(layout: PageLayout) -> tuple[mx.array, mx.array]:
-    """The inputs ``signs`` and ``steps`` of the kernel."""
-    share, dim, bits = _share(layout.dim), layout.dim, layout.config.v_bits
-    negative = np.array(signs(dim)) < 0
-    contiguous = hadamard_factor(dim) == 1
-    negative = negative.reshape(-1, share) if contiguous else negative.reshape(share, -1).T
-    words = (negative << np.arange(share)).sum(axis=1)
+def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
+    """The inputs ``signs``, ``numbers`` and ``halves`` of the kernel."""
+    k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
+    negative = (np.array(signs(layout.dim)) < 0).reshape(-1, 2).astype(np.uint32)
+    words = negative[:, 0] << 15 | negative[:, 1] << 31
 
-    boundaries = _boundaries(bits)
-    centre = boundaries[-1] ** 2 / 2
-    numbers = [2 ** (layout.config.k_bits - 1) / clip for clip in KEY_CLIPS]
-    for terms in (TERMS[bits], _final_terms(bits)):
-        for stretch in VALUE_STRETCHES:
-            numbers += _to_cell(boundaries * stretch, centre, terms)
-    numbers += [centre, *value_codebook(bits).coefficients]
-    numbers += [1 / stretch for stretch in VALUE_STRETCHES]
-    tables = mx.array(words.astype(np.uint32)), mx.array(numbers, mx.float32)
+    norm = layout.dim**-0.5  # the kernel's rotation leaves it out
+    codebook = value_codebook(v_bits)
+    k_steps = np.array(KEY_CLIPS[k_bits]) / 2 ** (k_bits - 1)
+    v_steps = np.array(VALUE_CLIPS[v_bits]) / codebook.largest
+    unit = v_steps[len(v_steps) // 2]
+    steps = v_steps / unit  # in the units in which cells are found
+    b, a_by_b, c_by_b = codebook.coefficients
+    cells = [codebook.cell_polynomial(CELL_TERMS[v_bits], step) for step in steps]
+    numbers = [
+        *(k_steps**2, k_steps * norm, 1 / k_steps / (2**k_bits - 1)),
+        *(steps**2, v_steps * norm * VALUE_GAINS[v_bits]),
+        (1 / unit, codebook.cell_centre),
+        *(-np.array(cells) / (2**v_bits - 1)),
+    ]
+    searched = [codebook.cell_polynomial(SEARCH_TERMS[v_bits], step) for step in steps]
+    halves = [
+        *(1 / k_steps, 1 / k_steps / (2 ** (k_bits - 1) - 0.75)),
+        *(1 / (steps * b), (codebook.cell_centre, a_by_b, c_by_b)),
+        *(np.array(searched) / (2 ** (v_bits - 1) - 0.75)),
+    ]
+    numbers, halves = np.concatenate(numbers), np.concatenate(halves)
+    pairs = halves.astype(np.float16).view(np.uint16) * np.uint32(0x10001)
+    tables = mx.array(words), mx.array(numbers.astype(np.float32)), mx.array(pairs)
     mx.eval(*tables)
     return tables
-
-
-def _final_terms(bits: int) -> int:
-    """Terms of the polynomial for the codes themselves: up to 4 bits one that is exact."""
-    return 2 ** (bits - 1) - 1 if bits <= 4 else TERMS[bits]
-
-
-def _boundaries(bits: int) -> np.ndarray:
-    """Where the cells of positive values meet."""
-    levels = np.array(value_codebook(bits).levels(mx.arange(2 ** (bits - 1), 2**bits)), np.float64)
-    return (levels[1:] + levels[:-1]) / 2
-
-
-def _to_cell(boundaries: np.ndarray, centre: float, terms: int) -> list[float]:
-    """Coefficients of a polynomial P: y * P(y * y - centre) is near k at the k-th boundary.
-
-    Its integer part is then the cell of y. Powers of y * y about a centre keep precision in
-    float32. Odd numbers of terms rise beyond the last boundary, even ones fall.
-    """
-    squares = boundaries**2 - centre
-    powers = boundaries[:, None] * squares[:, None] ** np.arange(terms)
-    size = np.abs(powers).max(axis=0)
-    fit, *_ = np.linalg.lstsq(powers / size, np.arange(1, len(boundaries) + 1), rcond=None)
-    return (fit / size).tolist()
