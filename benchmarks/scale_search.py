@@ -1,7 +1,8 @@
-"""What trying several steps per vector is worth, and what the steps should be multiples of.
+"""What trying a few steps per vector is worth, and what trying many would give.
 
-Mean square error on N(0, 1) under the best scale of the chosen codes, relative to one step that is
-right on average (the best uniform loading for keys, the RMS for values).
+Mean square error on N(0, 1), relative to a single step that is right on average (the best uniform
+loading for keys, the RMS for values). "few" are the codec's own steps; "many" are 25 fractions of
+the largest element.
 
     python benchmarks/scale_search.py
 """
@@ -10,39 +11,50 @@ from vllm_metal_tq import openblas
 
 openblas.preload()
 
+from collections.abc import Sequence  # noqa: E402
+
 import mlx.core as mx  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from vllm_metal_tq import codec  # noqa: E402
-from vllm_metal_tq.codebook import key_codebook, value_codebook  # noqa: E402
+from vllm_metal_tq.codebook import Gaussian, Uniform, key_codebook, value_codebook  # noqa: E402
 from vllm_metal_tq.config import WIDTHS  # noqa: E402
 
 # Step of the best uniform quantiser of N(0, 1) (Max 1960, table II).
 UNIFORM_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
+MANY = [0.5 * 1.04**i for i in range(25)]
 
 
-def error(y: mx.array, steps: list[mx.array], codebook) -> float:
-    _, z = codec._nearest(y, steps, codebook)
-    residual = mx.square(y).sum(axis=-1) - mx.square((y * z).sum(-1)) / mx.square(z).sum(-1)
-    return (residual.sum() / mx.square(y).sum()).item()
+def error(y: mx.array, codes: mx.array, scale: mx.array, codebook: Uniform | Gaussian) -> float:
+    restored = codebook.levels(codes) * scale[..., None].astype(mx.float32)
+    return (mx.square(y - restored).sum() / mx.square(y).sum()).item()
+
+
+def single(y: mx.array, step: float, codebook: Uniform | Gaussian) -> float:
+    """One step for all vectors, in units of the RMS."""
+    scale = mx.sqrt(mx.square(y).mean(axis=-1)) * step
+    return error(y, codebook.codes(y / scale[..., None]), scale, codebook)
+
+
+def best(y: mx.array, steps: Sequence[float], codebook: Uniform | Gaussian, gain: float) -> float:
+    """The best of some steps, in units of the largest element."""
+    return error(y, *codec.nearest(y, steps, codebook, gain), codebook)
 
 
 def main():
-    table = Table("bits", "D", "keys, 7 of RMS", "keys, 7 of largest", "values, 7 of RMS")
+    names = (f"{kind}, {tried}" for kind in ("keys", "values") for tried in ("few", "many"))
+    table = Table("bits", "D", *names)
     for bits in WIDTHS:
-        half = 2 ** (bits - 1)
-        for dim in (64, 128):
-            y = mx.random.normal((16384, dim), key=mx.random.key(dim))
-            rms = mx.sqrt(mx.square(y).mean(axis=-1, keepdims=True))
-            peak = mx.abs(y).max(axis=-1, keepdims=True)
-            step = rms * UNIFORM_STEP[bits]
-            keys, values = key_codebook(bits), value_codebook(bits)
-            one = error(y, [step], keys), error(y, [rms], values)
+        keys, values, gain = key_codebook(bits), value_codebook(bits), codec.VALUE_GAINS[bits]
+        for dim in (64, 128, 256):
+            y = mx.random.normal((4096, dim), key=mx.random.key(dim))
+            one = single(y, UNIFORM_STEP[bits], keys), single(y, 1.0, values)
             figures = (
-                error(y, [step * m for m in codec.VALUE_STRETCHES], keys) / one[0],
-                error(y, [peak * (clip / half) for clip in codec.KEY_CLIPS], keys) / one[0],
-                error(y, [rms * m for m in codec.VALUE_STRETCHES], values) / one[1],
+                error(y, *codec.encode_keys(y, bits), keys) / one[0],
+                best(y, [clip / 2 ** (bits - 1) for clip in MANY], keys, 1.0) / one[0],
+                error(y, *codec.encode_values(y, bits), values) / one[1],
+                best(y, [clip / values.largest for clip in MANY], values, gain) / one[1],
             )
             table.add_row(str(bits), str(dim), *(f"{figure:.3f}" for figure in figures))
     Console().print(table)

@@ -115,16 +115,10 @@ TQ_FN void tq_exact_matrix(float4& c, const uint* a, uint2 b0, uint2 b1) {
   tq_matrix(c, nearest.x, nearest.y, nearest.z, nearest.w, b);
 }
 
-TQ_FN float saturate(float x) { return __saturatef(x); }
 TQ_FN half2 tq_saturated_fma(half2 a, half2 b, half2 c) { return __hfma2_sat(a, b, c); }
 TQ_FN float tq_inverse(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-TQ_FN float tq_inverse_root(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // The integer nearest to x * N, x limited to 0 and 1, for N up to 2^22.
@@ -136,8 +130,6 @@ template <int SHIFT> TQ_FN half2 tq_round_and_half(half2 x) {
   constexpr float unit = 1.0f / (1 << SHIFT);
   return __hfma2(x + __float2half2_rn(1024.0f), __float2half2_rn(unit), __float2half2_rn(-1023.5f * unit));
 }
-// The integer nearest to x, plus 1/2, for x from 0 to 2^22.
-TQ_FN float tq_round_and_half(float x) { return (x + 8388608.0f) - 8388607.5f; }
 
 // At most 128 registers a lane, so that 16 SIMD-groups fit a processor: MLX's own signatures say
 // nothing of it, and decode_mma then takes up to 138.

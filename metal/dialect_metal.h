@@ -88,12 +88,9 @@ inline void tq_exact_matrix(thread float4& c, const device uint* a, uint2 b0, ui
 
 inline half2 tq_saturated_fma(half2 a, half2 b, half2 c) { return clamp(fma(a, b, c), half2(0.0f), half2(1.0f)); }
 inline float tq_inverse(float x) { return fast::divide(1.0f, x); }
-inline float tq_inverse_root(float x) { return fast::rsqrt(x); }
 // The integer nearest to x * N, x limited to 0 and 1, for N up to 2^22.
 template <int N> inline uint tq_nearest(float x) { return uint(rint(saturate(x) * float(N))); }
 // The integer nearest to x, plus 1/2, for x from 0 to 2^9, times 2^-SHIFT.
 template <int SHIFT> inline half2 tq_round_and_half(half2 x) {
   return (rint(x) + half2(0.5f)) * half2(1.0f / float(1 << SHIFT));
 }
-// The integer nearest to x, plus 1/2, for x from 0 to 2^22.
-inline float tq_round_and_half(float x) { return rint(x) + 0.5f; }

@@ -184,16 +184,6 @@ decode_mma.metal: if (simd_any(top0 >= m0 + 6.0f || top1 > m1 + 6.0f)) {
 decode_mma.metal: if (simd_any(top0 > m0 + 6.0f || top1 >= m1 + 6.0f)) {
 decode_fma.metal: if (SPARSE && !simd_any(heaviest > numbers[2])) continue;
 decode_mma.metal: if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) > numbers[2])) continue;
-encode.metal: const float unit = peak >= 1e-30f ? tq_inverse(peak) * (1.0f / K_SPAN) : 0.0f;
-encode.metal: const float unit = square >= 1e-30f ? tq_inverse_root(square * (1.0f / D)) : 0.0f;
-encode.metal: if (step == 0 || cosine >= best) best = cosine, factor = x, length = zz;
-encode.metal: middle[i] = size * inverse >= boundary ? outside : inside;
-= a step more, taken where it is better: a coefficient of the next table, which never is
-encode.metal: for (int step = 0; step <= STEPS; ++step) {
-encode.metal: for (int step = 0; step <= STEPS; ++step) { #2
-= the way of wider values is right for 4 bits, too
-encode.metal: if (V_BITS < 4) {
-encode.metal: if (V_BITS < 4) { #2
 = a minimum of two that are equal
 attention.h: for (int k = 1; k < (P <= 32 ? P : 32); k *= 2) {
 = a byte more, whose bits lie above those that are used
@@ -211,8 +201,6 @@ decode.h: const uint middle = ((1u << BITS) - 1u) << (s >= 0 ? s - 1 : 0);
 = c/b is 0 up to 4 bits
 decode.h: if (BITS >= 4) {
 encode.h: if (BITS >= 4) {
-= one word either way; a plane of 0 bits is never stored
-encode.h: constexpr int WORDS = BITS == 1 ? 1 : (SIZE + 31) / 32;
 = SIZE is no multiple of 8 here, so the two are never equal
 encode.h: const uint mine = 8 * i <= SIZE ? words[0] >> (8 * i % 32) : 0;
 encode.h: const uint its = 8 * i > SIZE ? next >> ((8 * i - SIZE) & 31) : next << ((SIZE - 8 * i) & 31);
