@@ -1,8 +1,13 @@
 // What encode does with its share of a vector.
+#include "turn.h"
 
 // A vector belongs to D / E lanes. Where M is 1, element e of lane p is element
 // 8 * (p + D / E * (e / 8)) + e % 8 of the vector, so that lanes load and store side by side; where
 // it is not, p + D / E * e, so that the transform by Hadamard's matrix of size M needs no other lane.
+
+template <int E, int M, int D> TQ_FN int tq_element(int e, int p) {
+  return M == 1 ? 8 * (p + D / E * (e / 8)) + e % 8 : p + D / E * e;
+}
 
 TQ_FN uint4 tq_exclusive_or(uint4 a, uint4 b) {
   a.x ^= b.x, a.y ^= b.y, a.z ^= b.z, a.w ^= b.w;
@@ -40,11 +45,27 @@ TQ_FN void tq_load_share(thread float (&v)[E], const device T* x, const device u
   } else {
     TQ_UNROLL
     for (int e = 0; e < E; ++e) {
-      const int d = M == 1 ? 8 * (p + D / E * (e / 8)) + e % 8 : p + D / E * e;
+      const int d = tq_element<E, M, D>(e, p);
       const uint sign = signs[d / 2] << (16 - 16 * (d % 2)) & 0x80000000u;
       v[e] = d < HEAD_DIM ? as_type<float>(as_type<uint>(float(x[d])) ^ sign) : 0.0f;
     }
   }
+}
+
+// v becomes rest where that is shorter: whether it did.
+template <int LANES, int E> TQ_FN bool tq_shorter(thread float (&v)[E], thread float (&rest)[E], bool allowed) {
+  float2 squares = float2(0.0f, 0.0f);
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) squares.x = fma(v[e], v[e], squares.x), squares.y = fma(rest[e], rest[e], squares.y);
+  TQ_UNROLL
+  for (int k = 1; k < LANES; k *= 2) {
+    squares.x += simd_shuffle_xor(squares.x, ushort(k));
+    squares.y += simd_shuffle_xor(squares.y, ushort(k));
+  }
+  const bool is_shorter = allowed && squares.y < squares.x;
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) v[e] = is_shorter ? rest[e] : v[e];
+  return is_shorter;
 }
 
 // One step of Sylvester's transform, of elements that a lane holds.

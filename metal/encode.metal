@@ -1,8 +1,15 @@
 #include "encode.h"
-  // Encodes keys and values: rotation, search of the step, codes, scales. A vector belongs to
-  // D / E lanes, which do the key and then the value of a token.
+  // Encodes keys and values: centring, rotation, search of the step, codes, scales. A vector belongs
+  // to D / E lanes, which do the key and then the value of a token. More threadgroups put the last
+  // tokens, as they came, into a copy of the tail.
   //
-  // keys, values T (count, HEAD_DIM), count is int32 (1)
+  // keys, values T (KV heads, tokens, HEAD_DIM)
+  // tail_keys, tail_values  T (KV heads, TAIL, HEAD_DIM): the token of index i lies in slot i % TAIL
+  // count        int32: KV heads * tokens, tokens, how many tokens keep their mean whatever it is
+  // start        int32: position and index of the first token
+  // turns        uint32 (D): the step of each element's pair. CENTRE only
+  // means        float (KV heads, 4, D): factors of cosine and sine that give an element of R_j mu,
+  //              smoothing, mean value. All but smoothing with changed signs, the first two smoothed
   // signs        uint32 (D / 2): bits 15 and 31 of number i: elements 2 i and 2 i + 1 change signs
   // numbers      float; of each step of keys: its square, its scale, the factor that takes an element
   //              to its code / (2^bits - 1); of each step of values: its square, its scale; the unit
@@ -11,7 +18,8 @@
   // halves       half2, as uint32: of each step of keys: its inverse, and that of the size that
   //              tq_saturated_fma takes; of each step of values: its inverse; the centre, a/b and
   //              c/b of the levels; of each step of values SEARCH_TERMS coefficients
-  // rows         uint8 (count, ROW)
+  // rows         uint8 (KV heads, tokens, ROW); the sign bits of the scales say that a mean is left out
+  // next_keys, next_values  the tail with the new tokens
   constexpr int LANES = D / E;
   constexpr int EIGHTS = (E + 7) / 8;
   constexpr int K_BITS = K_LOW + K_HIGH;
@@ -24,6 +32,21 @@
   constexpr int UNIT = V_NUMBERS + 2 * V_STEPS;
   constexpr int V_HALVES = 2 * K_STEPS;
   constexpr int LEVELS = V_HALVES + V_STEPS;
+  constexpr int AT_ONCE = GROUPS * 32 / LANES;  // vectors of a threadgroup
+  const int encoding = (count[0] + AT_ONCE - 1) / AT_ONCE;
+  if (int(threadgroup_position_in_grid.x) >= encoding) {
+    const int copied = count[0] / count[1] * TAIL * HEAD_DIM;
+    int i = (int(threadgroup_position_in_grid.x) - encoding) * COPIED + int(thread_index_in_threadgroup);
+    TQ_NO_UNROLL
+    for (int k = 0; k < COPIED && i < copied; k += GROUPS * 32, i += GROUPS * 32) {
+      const int slot = i / HEAD_DIM % TAIL;
+      const int token = count[1] - 1 - ((start[1] + count[1] - 1 - slot) & (TAIL - 1));
+      const size_t at = (size_t(i / (TAIL * HEAD_DIM)) * count[1] + max(token, 0)) * HEAD_DIM + i % HEAD_DIM;
+      next_keys[i] = token < 0 ? tail_keys[i] : keys[at];
+      next_values[i] = token < 0 ? tail_values[i] : values[at];
+    }
+    return;
+  }
   const int lane = thread_index_in_simdgroup;
   const int p = lane % LANES;
   const int group = int(threadgroup_position_in_grid.x) * GROUPS + int(simdgroup_index_in_threadgroup);
@@ -31,6 +54,8 @@
   const bool live = wanted < count[0];
   const size_t token = live ? wanted : count[0] - 1;  // every lane takes part in the shuffles
   device uchar* row = rows + token * ROW;
+  const int number = int(token) % count[1];
+  const device float* mean = means + (CENTRE ? token / count[1] * 4 * D : 0);
 
   constexpr int EXCHANGED = M == 1 ? 1 : GROUPS * 32 * E;
   threadgroup uchar exchanged[EXCHANGED];
@@ -43,6 +68,18 @@
   // ---- The key
   {
     tq_load_share<E, M, D, HEAD_DIM>(y, keys + token * HEAD_DIM, signs, p);
+    uint flag = 0;
+    if (CENTRE) {
+      float rest[E];
+      TQ_UNROLL
+      for (int e = 0; e < E; ++e) {
+        const int d = tq_element<E, M, D>(e, p);
+        const float2 turn = tq_turn(uint(start[0] + number) * turns[d]);
+        y[e] *= mean[2 * D + d];
+        rest[e] = y[e] - fma(mean[d], turn.x, mean[D + d] * turn.y);
+      }
+      flag = tq_shorter<LANES>(y, rest, number >= count[2]) ? 0x8000u : 0u;
+    }
     tq_hadamard_share<E, M, D>(y, p);
     const float peak = tq_peak<LANES>(y);
     const float unit = peak > 1e-30f ? tq_inverse(peak) : 0.0f;
@@ -62,7 +99,7 @@
       }
     }
     const int chosen = tq_best<LANES>(errors, numbers);
-    scales = tq_scale_bits(peak * numbers[K_STEPS + chosen], y[0]);
+    scales = tq_scale_bits(peak * numbers[K_STEPS + chosen], y[0]) | flag;
     const float factor = numbers[2 * K_STEPS + chosen];
     TQ_UNROLL
     for (int e = 0; e < E; ++e) codes[e] = tq_nearest<2 * K_CELLS - 1>(fma(y[e], factor, 0.5f));
@@ -72,6 +109,13 @@
   // ---- The value
   {
     tq_load_share<E, M, D, HEAD_DIM>(y, values + token * HEAD_DIM, signs, p);
+    uint flag = 0;
+    if (CENTRE) {
+      float rest[E];
+      TQ_UNROLL
+      for (int e = 0; e < E; ++e) rest[e] = y[e] - mean[3 * D + tq_element<E, M, D>(e, p)];
+      flag = tq_shorter<LANES>(y, rest, true) ? 0x80000000u : 0u;
+    }
     tq_hadamard_share<E, M, D>(y, p);
     const float peak = tq_peak<LANES>(y);
     const float unit = peak > 1e-30f ? tq_inverse(peak) * numbers[UNIT] : 0.0f;
@@ -97,7 +141,7 @@
       }
     }
     const int chosen = tq_best<LANES>(errors, numbers + V_NUMBERS);
-    scales |= tq_scale_bits(peak * numbers[V_NUMBERS + V_STEPS + chosen], y[0]) << 16;
+    scales |= tq_scale_bits(peak * numbers[V_NUMBERS + V_STEPS + chosen], y[0]) << 16 | flag;
     float coefficients[TERMS];
     TQ_UNROLL
     for (int i = 0; i < TERMS; ++i) coefficients[i] = numbers[UNIT + 2 + chosen * TERMS + i];

@@ -71,4 +71,5 @@ def test_a_model_says_the_same_through_kernels_and_through_the_reference(calibra
 
     error = mx.abs(logits() - expected).max().item()
     assert error < 5e-3 * mx.abs(expected).max().item()
-    assert {("decode_fma", calibrated), ("merge", calibrated), ("gather", 0)} <= set(launched)
+    centred = {(kernel, calibrated) for kernel in ("encode", "decode_fma", "merge")}
+    assert centred | {("gather", 0)} <= set(launched)

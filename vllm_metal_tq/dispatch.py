@@ -21,7 +21,7 @@ from .kernels.launch import Executor, integers, on_gpu
 from .kernels.selfcheck import check
 from .layout import PageLayout
 from .pages import BlockTable, places, scatter
-from .tail import Tail, pushed, sources
+from .tail import Tail
 
 SLICE = 4096  # tokens to which means are added at a time, in float32; whole blocks
 COMPILED = 1024  # functions kept: with centres each layer has its own
@@ -76,7 +76,7 @@ def store(
     """
     pool, layout, length = table.pool, table.pool.layout, keys.shape[1]
     codec.check_shapes(keys, values, layout)
-    execute = executor(layout) if centre is None else None
+    execute = executor(layout)
     if execute is None:
         rows = _encode(keys, values, layout, centre, position, uncentred)
         make_room()
@@ -85,10 +85,10 @@ def store(
         return
     make_room()
     tail.prepare(keys, values)
-    source = sources(table.num_tokens, length)
+    start = integers(position, table.num_tokens)
     where = places(table.extend(length), pool.num_kv_heads, layout)
-    pool.pages, *arrays = _compiled_store(layout, execute)(
-        keys, values, pool.pages, *tail.arrays, source, *where
+    pool.pages, *arrays = _compiled_store(layout, centre, uncentred, execute)(
+        keys, values, pool.pages, *tail.arrays, start, *where
     )
     tail.hold(tuple(arrays), length)
 
@@ -117,14 +117,15 @@ def _encode(
 
 # Compiled, a call costs the host a fraction: a kernel's source is put together once.
 @lru_cache(maxsize=COMPILED)
-def _compiled_store(layout: PageLayout, execute: Executor) -> Callable[..., tuple[mx.array, ...]]:
-    def store(keys, values, pages, tail_keys, tail_values, source, *where):
-        rows = encode_kernel.encode(keys, values, layout, execute)
-        return (
-            scatter(pages, rows, *where),
-            pushed(tail_keys, keys, source),
-            pushed(tail_values, values, source),
+def _compiled_store(
+    layout: PageLayout, centre: Centre | None, uncentred: int, execute: Executor
+) -> Callable[..., tuple[mx.array, ...]]:
+    def store(keys, values, pages, tail_keys, tail_values, start, *where):
+        options = {"centre": centre, "uncentred": uncentred, "execute": execute}
+        rows, *arrays = encode_kernel.store(
+            keys, values, (tail_keys, tail_values), layout, start=start, **options
         )
+        return scatter(pages, rows, *where), *arrays
 
     return mx.compile(store)
 

@@ -12,12 +12,12 @@ from ..centre import Centre
 from ..codebook import value_codebook
 from ..layout import PLANE_BITS, PageLayout
 from ..rotation import hadamard_factor, signs
+from ..tail import TAIL
 from . import centre as tables
 from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
 MAX_ROWS = 8
 MAX_DIM = 256
-TAIL = 32  # slots of the ring of a sequence's last tokens
 THREADGROUP_BYTES = 32768
 SIMD = 32
 MERGE_SIMDGROUPS = 8  # of a threadgroup

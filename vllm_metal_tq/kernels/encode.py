@@ -7,25 +7,50 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+from ..centre import Centre
 from ..codebook import CELL_TERMS, value_codebook
 from ..codec import KEY_CLIPS, VALUE_CLIPS, VALUE_GAINS
 from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
+from ..tail import TAIL
 from .gather import plane_constants
 from .launch import Executor, Launch, integers, on_gpu
 
 MAX_DIM = 512  # 32 lanes of 16 elements
 MANY = 4096  # vectors, which keep a GPU busy
 SIMDGROUPS = 4  # of a threadgroup
+COPIED = 8 * SIMDGROUPS * 32  # elements of the tail that a threadgroup copies
 SEARCH_TERMS = {2: 1, 3: 3, 4: 3, 5: 5, 6: 7, 8: 9}
 """Value width -> terms of the polynomial that takes a value to its cell during the search."""
 
 
 def encode(
-    keys: mx.array, values: mx.array, layout: PageLayout, execute: Executor = on_gpu
+    keys: mx.array,
+    values: mx.array,
+    layout: PageLayout,
+    execute: Executor = on_gpu,
+    **centring,
 ) -> mx.array:
-    """Compress the keys and values of some tokens, as ``codec.encode`` does up to rounding.
+    """Compress the keys and values of some tokens: ``store`` without a tail."""
+    heads, _, head_dim = keys.shape
+    tail = (mx.zeros((heads, TAIL, head_dim), keys.dtype),) * 2
+    return store(keys, values, tail, layout, execute=execute, **centring)[0]
 
+
+def store(
+    keys: mx.array,
+    values: mx.array,
+    tail: tuple[mx.array, mx.array],
+    layout: PageLayout,
+    *,
+    start: mx.array | None = None,
+    centre: Centre | None = None,
+    uncentred: int = 0,
+    execute: Executor = on_gpu,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Compress the keys and values of some tokens, and put the last of them into the tail.
+
+    The rows are those of ``codec.encode`` up to rounding, and the tail that of ``tail.pushed``.
     What cannot be encoded is not refused, because the host would have to wait for the answer: a
     vector with a NaN or an infinite element, or one too long for an fp16 scale, gets a scale
     that is NaN.
@@ -33,11 +58,15 @@ def encode(
     Args:
         keys: ``(num_kv_heads, num_tokens, head_dim)``, float32, float16 or bfloat16, after RoPE.
         values: the same shape and dtype.
+        tail: keys and values, ``(num_kv_heads, TAIL, head_dim)`` each.
         layout: the page layout.
+        start: int32 ``(2,)``, position and index in the sequence of the first token; None is 0, 0.
+        centre: calibration of the layer, or None.
+        uncentred: how many tokens, the first ones, get no flag f.
         execute: what runs the launch.
 
     Returns:
-        uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
+        Rows, uint8 ``(num_kv_heads, num_tokens, row_bytes)``, and keys and values of the new tail.
 
     Raises:
         ValueError: the layout has more than ``MAX_DIM`` dimensions.
@@ -48,16 +77,24 @@ def encode(
     dim, count = layout.dim, heads * num_tokens
     share = _share(dim, count)
     at_once = SIMDGROUPS * 32 * share // dim
+    groups = -(-count // at_once) + -(-heads * TAIL * head_dim // COPIED)
     sign_bits, numbers, halves = _tables(layout)
+    # Not read without a centre, but of the same types and address space.
+    turns, means = _centre_tables(centre, dim) if centre else (sign_bits, numbers)
     launch = Launch(
         kernel="encode",
         inputs={
             "keys": keys,
             "values": values,
-            "count": integers(count),
+            "tail_keys": tail[0].astype(keys.dtype),
+            "tail_values": tail[1].astype(keys.dtype),
+            "count": integers(count, num_tokens, uncentred),
+            "start": integers(0, 0) if start is None else start,
             "signs": sign_bits,
             "numbers": numbers,
             "halves": halves,
+            "turns": turns,
+            "means": means,
         },
         template={
             "HEAD_DIM": head_dim,
@@ -70,13 +107,20 @@ def encode(
             "SEARCH_TERMS": SEARCH_TERMS[layout.config.v_bits],
             "TERMS": CELL_TERMS[layout.config.v_bits],
             "GROUPS": SIMDGROUPS,
+            "TAIL": TAIL,
+            "COPIED": COPIED,
+            "CENTRE": int(centre is not None),
             **plane_constants(layout),
         },
-        outputs={"rows": ((heads, num_tokens, layout.row_bytes), mx.uint8)},
-        grid=(-(-count // at_once) * SIMDGROUPS * 32, 1, 1),
+        outputs={
+            "rows": ((heads, num_tokens, layout.row_bytes), mx.uint8),
+            "next_keys": (tail[0].shape, keys.dtype),
+            "next_values": (tail[1].shape, keys.dtype),
+        },
+        grid=(groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
     )
-    return execute(launch)[0]
+    return tuple(execute(launch))
 
 
 def _share(dim: int, count: int) -> int:
@@ -122,3 +166,20 @@ def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
     tables = mx.array(words), mx.array(numbers.astype(np.float32)), mx.array(pairs)
     mx.eval(*tables)
     return tables
+
+
+@lru_cache(maxsize=512)
+def _centre_tables(centre: Centre, dim: int) -> tuple[mx.array, mx.array]:
+    """The inputs ``turns`` and ``means`` of the kernel."""
+    first, second, step = centre.pairs.T
+    head_dim = 2 * len(step)
+    turns = np.zeros(dim, np.uint32)
+    turns[first] = turns[second] = step
+    mu, smoothing, value_mean = (np.array(x) for x in centre.arrays[1:])
+    means = np.zeros((len(mu), 4, dim), np.float32)
+    means[:, 0, :head_dim] = mu
+    means[:, 1, first], means[:, 1, second] = -mu[:, second], mu[:, first]
+    means[:, :2, :head_dim] *= smoothing[:, None]
+    means[:, 2, :head_dim], means[:, 3, :head_dim] = smoothing, value_mean
+    means[:, [0, 1, 3]] *= np.array(signs(dim))
+    return mx.array(turns), mx.array(means)
