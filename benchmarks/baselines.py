@@ -326,10 +326,13 @@ def turboquant_qjl(k_bits: int, v_bits: int) -> Scheme:
     )
 
 
+TAIL_MARK = " + tail"
+
+
 def with_tail(scheme: Scheme, tokens: int = 32) -> Scheme:
     """``scheme`` with as many recent tokens kept as they came."""
     keys, values = (replace(side, window=tokens) for side in (scheme.keys, scheme.values))
-    return Scheme(f"{scheme.family} + tail {tokens}", scheme.widths, keys, values)
+    return Scheme(f"{scheme.family}{TAIL_MARK} {tokens}", scheme.widths, keys, values)
 
 
 _SAME = tuple((bits, bits) for bits in (2, 3, 4, 5, 6, 8))

@@ -9,7 +9,6 @@ run are not measured again, so a run that was broken off goes on.
 import argparse
 import hashlib
 import json
-import math
 from pathlib import Path
 
 from vllm_metal_tq import openblas
@@ -45,44 +44,49 @@ def others(head_dim: int, window: int) -> list[Method]:
     ]
 
 
-def budget_table(points: list[Point]) -> tuple[str, list[float]]:
-    """For every budget our best point and the best of the others; and the budgets ours loses."""
-    mine = [point for point in points if point.family == OURS]
-    theirs = [point for point in points if point.family != OURS]
+def budget_table(mine: list[Point], theirs: list[Point]) -> str:
+    """For every budget our best point and the best of the others."""
     lines = [
         "| bits at most | ours | KL mean | best other | KL mean | other / ours |",
         "|---|---|---|---|---|---|",
     ]
-    lost = []
     for budget in BUDGETS:
         best, other = (sweep.best_within(group, budget) for group in (mine, theirs))
-        kl, other_kl = (point.kl if point else math.inf for point in (best, other))
-        if kl > other_kl or best is None:
-            lost.append(budget)
-        ratio = f"{other_kl / kl:.1f}" if math.isfinite(kl) and math.isfinite(other_kl) else ""
         cells = [
             f"{point.name} ({point.bits:.2f}) | {point.kl:.5f}" if point else "none | "
             for point in (best, other)
         ]
+        ratio = f"{other.kl / best.kl:.1f}" if best and other else ""
         lines.append(f"| {budget:.2f} | {cells[0]} | {cells[1]} | {ratio} |")
-    return "\n".join(lines) + "\n", lost
+    return "\n".join(lines) + "\n"
+
+
+def verdict(mine: list[Point], theirs: list[Point]) -> str:
+    """Which points of the others nothing of ours beats, within the budgets."""
+    unbeaten = [
+        f"{point.name} ({point.bits:.2f} bits, KL {point.kl:.5f})"
+        for point in sweep.frontier([*mine, *theirs])
+        if point in theirs and BUDGETS[0] <= point.bits <= BUDGETS[-1]
+    ]
+    if not unbeaten:
+        return "Whatever their bits, every other point is beaten by one of ours with no more bits."
+    return "Not beaten by one of ours with as many bits: " + "; ".join(unbeaten) + "."
 
 
 def report(points: list[Point], run: dict) -> str:
     """The Markdown page."""
     quality = points[0].quality
-    table, lost = budget_table(points)
-    verdict = (
-        f"Another scheme is better at {', '.join(f'{b:.2f}' for b in lost)} bits."
-        if lost
-        else "Ours has the least KL at every budget."
-    )
+    mine = [point for point in points if point.family == OURS]
+    given = [point for point in points if baselines.TAIL_MARK in point.family]
+    theirs = [point for point in points if point.family != OURS and point not in given]
     return (
         f"# KL against bits, windows of {run['window']} tokens\n\n"
         f"SmolLM2-135M-Instruct, text {run['text']}, {quality.tokens} positions; perplexity with "
         f"the uncompressed cache {quality.ppl_reference:.2f}. Bits count everything that a cache "
         f"of {run['window']} tokens stores, windows and tails included.\n\n"
-        f"## At every budget\n\n{table}\n{verdict}\n\n## All points\n\n{sweep.markdown(points)}"
+        f"## At every budget\n\n{budget_table(mine, theirs)}\n{verdict(mine, theirs)}\n\n"
+        f"## Others that were given our tail\n\n{sweep.markdown(given)}\n"
+        f"{verdict(mine, given)}\n\n## All points\n\n{sweep.markdown(points)}"
     )
 
 
@@ -124,7 +128,8 @@ def main():
             print(f"{point.bits:.2f} bits, KL {point.kl:.5f}: {point.name}", flush=True)
     (args.out / "pareto.md").write_text(report(points, run), encoding="utf-8")
     title = f"SmolLM2-135M-Instruct, windows of {args.window} tokens"
-    sweep.draw(points, str(args.out / "pareto.png"), title)
+    published = [point for point in points if baselines.TAIL_MARK not in point.family]
+    sweep.draw(published, str(args.out / "pareto.png"), title)
 
 
 def _stored(file: Path, run: dict) -> list[Point]:

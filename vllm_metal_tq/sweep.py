@@ -157,4 +157,4 @@ def draw(points: Sequence[Point], file: str, title: str) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
