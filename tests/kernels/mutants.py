@@ -14,7 +14,8 @@ from vllm_metal_tq.kernels import launch
 
 KERNELS = ["encode", "gather", "decode_mma", "decode_fma", "merge"]
 HEADERS = ["attention.h", "decode.h", "encode.h", "gather.h", "dialect_metal.h"]
-FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS]
+CENTRING = ["centre.h", "turn.h"]
+FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS, *CENTRING]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ _CHANGES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<=, )ushort\(", "ushort(1 ^ "),
     (r"\d+(?=[\d, ]*\}(?:;|$))", _twice),
     (r"(?:\blane|\(lane\)|\beighth) (?:&|>>) \d+", _more),
+    # Whether there is centring, the flags of centred tokens, their positions, quarters of a turn.
+    (r"\bCENTRE(?= \?)|(?<=if \()CENTRE\b", "!CENTRE"),
+    (r"(?<=\+ )CENTRE\b", "0"),
+    (r"0x8000u", "0x4000u"),
+    (r"\bshift \+ ", ""),
+    (r"(?:\bquarter|\(step\)) (?:&|\+|<<|>>) \d+", _more),
 ]
 
 
@@ -112,8 +119,8 @@ decode_mma.metal: constexpr int VLS = VLB <= 16 ? VLB : 16;
 decode_fma.metal: constexpr int VHB = VH >= 0 ? VD * VH / 2 : 4;
 decode_fma.metal: if (KH >= 0) {
 decode_fma.metal: vh[i][p] = VH >= 0 ? tq_load1(base + high_at + i * VQ * VHB + p * (VHB / VHP)) : 0;
-decode_mma.metal: if (KH >= 0) tq_load<KHB>(kh[b][c][t], base + 2 * D * KL + unit * 256 * KH + at * KH / 8);
-decode_mma.metal: if (VH >= 0) tq_load<VHB>(vh[b][u], base + 2 * D * (KB + VL) + u * 256 * VH + mine * VHB);
+decode_mma.metal: if (KH >= 0) tq_load<KHB>(kh[b][c][t], high + (2 * D * KL + unit * 256 * KH + t * dims * KH));
+decode_mma.metal: if (VH >= 0) tq_load<VHB>(vh[b][u], high + (2 * D * (KB + VL) + u * 256 * VH));
 = a shift by 0, the rest of a division by 1
 decode_fma.metal: if (KLB <= 4 && KSPLIT >= 1) kl[i][c][0] >>= part * (KE / 2 * KL);
 decode_fma.metal: if (KHB <= 4 && KSPLIT >= 1) kh[i][c][0] >>= part * (KE / 2 * KH);
@@ -151,11 +158,12 @@ decode_mma.metal: const int row1 = (first_column + min(n1, columns - 0)) / G;
 decode_fma.metal: q[n][c][e] = TQ_QUERY(d < D ? shared[n * D + (d <= D ? d : 0)] : 0.0f);
 decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 0 < N ? 2 * h + 1 : 0][e] *= odd ? r : other;
 decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 1 <= N ? 2 * h + 1 : 0][e] *= odd ? r : other;
+centre.h: for (int i = 0; i <= FOLDS; ++i) { #2
 = lanes without dimensions read what follows in the page, its scales at most, and do not use it
 decode_fma.metal: const int row = value_row <= VROWS ? value_row : 0;
 decode_mma.metal: const int mine = (row <= rows ? row : 0) * 4 + quad;
 decode_fma.metal: const int at = (group + 4 * i) * dims + (from <= dims ? from : 0);
-decode_mma.metal: const int mine = from <= dims ? from : 0;
+decode_mma.metal: const bool there = c % PER * 4 + quad <= dims / KD;
 = not seen, though out of bounds: clang moves the load into the loop, which is then not entered
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 0, 0)) / NSB];
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 1, -1)) / NSB];
@@ -178,7 +186,15 @@ merge.metal: if (sg == 1) {
 encode.metal: if (live && p == 1) *(device uint*)(row + SCALES_AT) = scales;
 = a tile more, of dimensions that are not stored
 decode_mma.metal: for (int j = 0; j <= NT; ++j) { #3
+= windows that are computed at once are as many for every reader
+centre.h: template <int N> TQ_FN constexpr int tq_windows() { return N >= 4 ? 1 : N > 2 ? 2 : N > 1 ? 4 : 8; }
+centre.h: template <int N> TQ_FN constexpr int tq_windows() { return N > 4 ? 1 : N >= 2 ? 2 : N > 1 ? 4 : 8; }
+= columns that are not stored take f of another token, or what lies behind f
+decode_fma.metal: const float mine = f[(S - ready + token_of_lane) * N + min(2 * h + odd, N - 0)];
 = either is right when both sides are equal
+decode_fma.metal: constexpr int F = CENTRE ? 16 * NW + (S * N >= COEFFICIENTS ? S * N : COEFFICIENTS) : 0;
+decode_fma.metal: constexpr int POOL = F >= N * D ? (F + 3) / 4 * 4 : N * D;
+decode_mma.metal: constexpr int POOL = F >= N * D ? F : N * D;
 decode_fma.metal: for (int h = 0; h < NH; ++h) exceeds = exceeds || s[h] >= m[h] + 6.0f;
 decode_mma.metal: if (simd_any(top0 >= m0 + 6.0f || top1 > m1 + 6.0f)) {
 decode_mma.metal: if (simd_any(top0 > m0 + 6.0f || top1 >= m1 + 6.0f)) {

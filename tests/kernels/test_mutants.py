@@ -19,12 +19,13 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels.mutants import EQUIVALENT, FILES, KERNELS, Mutant, mutants
-from kernels.reference import Case
+from kernels.mutants import CENTRING, EQUIVALENT, FILES, KERNELS, Mutant, mutants
+from kernels.reference import Case, Centring
 from rows import decoded
 
 from vllm_metal_tq import codec, msl
 from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.kernels import decode as decode_kernel
 from vllm_metal_tq.kernels import launch as launches
 from vllm_metal_tq.kernels.decode import decode
 from vllm_metal_tq.kernels.encode import encode
@@ -46,7 +47,7 @@ AT_A_TIME = 40  # mutants of one process, which keeps every kernel that it has b
 # ---- Cases: each runs a kernel once or a few times and says whether its results are right
 
 
-def attends(variant, lengths, *, max_tokens=None, bound=BOUND, **case):
+def attends(variant, lengths, *, max_tokens=None, splits=None, bound=BOUND, **case):
     """``max_tokens`` above the longest context: more splits."""
     made = _case(tuple(lengths), tuple(case.items()))
     tokens = {"max_tokens": max_tokens} if max_tokens else {}
@@ -54,7 +55,9 @@ def attends(variant, lengths, *, max_tokens=None, bound=BOUND, **case):
     def decoding(*arguments, **options):
         return decode(*arguments, **options | tokens)
 
-    return made.error(decoding, variant=variant, execute=run) < bound
+    as_many = {"return_value": splits} if splits else {"wraps": decode_kernel._splits}
+    with mock.patch.object(decode_kernel, "_splits", **as_many):
+        return made.error(decoding, variant=variant, execute=run) < bound
 
 
 def attends_to_nothing():
@@ -62,6 +65,15 @@ def attends_to_nothing():
     made = _case((0, 20), ())
     got = np.array(made.attended(decode, variant="mma", execute=run))
     return not got[0].any() and np.isfinite(got).all()
+
+
+def attends_to_zeros(variant, lengths, **case):
+    """A token without flags whose key and value are zero has scales of zero."""
+    made = Case(lengths, **{"dtype": mx.float32} | case)
+    page = made.layout
+    rows = mx.zeros((made.pool.pages.shape[1], len(lengths), page.code_bytes + 4), mx.uint8)
+    made.pool.write(np.array(made.block_table[:, 0]) * page.config.block_size, rows)
+    return made.error(decode, variant=variant, execute=run) < BOUND
 
 
 @cache
@@ -132,6 +144,7 @@ def _to_gather(bits, head_dim, tokens, block_size):
 
 # Neighbours share a kernel where they can: building it takes most of the time.
 GROWS = {"loud": 8.0, "bound": 2 * BOUND}  # as in test_decode_fma.py
+SKIPS = dict(GROWS, sparse_v=1e-4)  # values of a third of the sub-blocks
 SHORT = [
     (attends, [1, 15, 17, 33], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
     (attends, [33, 90], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32, window=9)),
@@ -159,6 +172,8 @@ LONG = [
     (attends, [50], dict(bits=(8, 8), head_dim=64, heads=(3, 1))),
     (attends, [50], dict(bits=(5, 5), head_dim=256, heads=(8, 1))),
 ]
+FAR = Centring(mean=1.0, shift=(10**6, 131071))
+PARTIAL = Centring(turned=32, neighbours=True, mean=1.0, shift=(0, 10**6))
 MERGES = [
     (attends, [0, 47], dict(rows=3, tail=5, max_tokens=5000)),
     (attends, [0, 47], dict(rows=3, tail=5, window=7)),
@@ -168,6 +183,20 @@ MERGES = [
     (attends, [20], dict(head_dim=80, heads=(6, 2), tail=3, softcap=5.0, dtype=mx.float16)),
     (attends, [20], dict(head_dim=256, heads=(6, 2), tail=3, sinks=True)),
     (attends, [20], dict(head_dim=32, heads=(3, 1), sinks=True)),
+    (attends, [20, 0], dict(head_dim=80, heads=(6, 2), tail=3, centring=PARTIAL)),
+    (attends, [90], dict(head_dim=64, heads=(2, 2), centring=FAR, max_tokens=5000)),
+]
+# One split: a SIMD-group centres several times, and the windows of decode_mma are longer.
+SMALL = dict(heads=(1, 1), rows=3, head_dim=64, block_size=32, centring=FAR)
+CENTRED = [
+    (attends, [17, 333], SMALL),
+    (attends, [333, 40], dict(heads=(4, 2), head_dim=80, centring=PARTIAL, splits=1)),
+    (attends, [40, 300], dict(heads=(4, 2), head_dim=80, centring=PARTIAL, window=9, tail=2)),
+    (attends, [555, 20], dict(heads=(6, 1), centring=FAR, splits=1)),
+    (attends, [333], dict(heads=(6, 2), rows=3, centring=FAR, splits=1)),
+    (attends, [1100], dict(SKIPS, heads=(2, 2), head_dim=64, centring=FAR, splits=1)),
+    (attends, [90], dict(heads=(2, 2), bits=(3, 6), head_dim=256, centring=FAR)),
+    (attends_to_zeros, [17, 333], SMALL),
 ]
 ENCODES = [
     (encodes, (3, 3), dict(head_dim=96)),
@@ -196,9 +225,12 @@ GATHERS = [
 def cases(file: str) -> Iterator[tuple[str, Callable[[], bool]]]:
     """Names and cases for a file's mutants, those that catch most of them first."""
     of = {"encode": [*ENCODES], "gather": [*GATHERS]}
-    of |= {f"decode_{x}": [_with(x, *case) for case in SHORT + LONG] for x in ("mma", "fma")}
+    attending = CENTRED if file in CENTRING else SHORT + CENTRED + LONG
+    of |= {f"decode_{x}": [_with(x, *case) for case in attending] for x in ("mma", "fma")}
     of["merge"] = [*(_with("mma", *case) for case in MERGES), (attends_to_nothing,)]
     kernels = [Path(file).stem] if Path(file).stem in KERNELS else KERNELS
+    if file in CENTRING:
+        kernels = [kernel for kernel in KERNELS if file in launches._included(kernel)]
     for number in range(max(map(len, of.values()))):
         for kernel in kernels:
             if number < len(of[kernel]):
