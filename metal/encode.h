@@ -5,67 +5,74 @@
 // 8 * (p + D / E * (e / 8)) + e % 8 of the vector, so that lanes load and store side by side; where
 // it is not, p + D / E * e, so that the transform by Hadamard's matrix of size M needs no other lane.
 
-template <int E, int M, int D> TQ_FN int tq_element(int e, int p) {
-  return M == 1 ? 8 * (p + D / E * (e / 8)) + e % 8 : p + D / E * e;
-}
-
 TQ_FN uint4 tq_exclusive_or(uint4 a, uint4 b) {
   a.x ^= b.x, a.y ^= b.y, a.z ^= b.z, a.w ^= b.w;
   return a;
 }
 
-// Eight elements side by side; bits 15 and 31 of the words of signs change the signs of two each.
-template <class T> TQ_FN void tq_load8(thread float (&v)[8], const device T* x, const device uint* signs) {
-  const uint4 words = tq_exclusive_or(*(const device uint4*)x, *(const device uint4*)signs);
+template <class T> TQ_FN void tq_unpack8(thread float (&v)[8], uint4 words) {
   v[0] = tq_first<T>(words.x), v[1] = tq_second<T>(words.x);
   v[2] = tq_first<T>(words.y), v[3] = tq_second<T>(words.y);
   v[4] = tq_first<T>(words.z), v[5] = tq_second<T>(words.z);
   v[6] = tq_first<T>(words.w), v[7] = tq_second<T>(words.w);
 }
-TQ_FN void tq_load8(thread float (&v)[8], const device float* x, const device uint* signs) {
+
+// Eight elements side by side.
+template <class T> TQ_FN void tq_load8(thread float (&v)[8], const device T* x) { tq_unpack8<T>(v, *(const device uint4*)x); }
+TQ_FN void tq_load8(thread float (&v)[8], const device float* x) {
   TQ_UNROLL
-  for (int e = 0; e < 8; ++e) {
-    const uint sign = signs[e / 2] << (16 - 16 * (e % 2)) & 0x80000000u;
-    v[e] = as_type<float>(as_type<uint>(x[e]) ^ sign);
-  }
+  for (int e = 0; e < 8; ++e) v[e] = x[e];
 }
 
-// Lane p's share of a vector of HEAD_DIM elements, with changed signs.
-template <int E, int M, int D, int HEAD_DIM, class T>
+// The same; bits 15 and 31 of the words of signs change the signs of two each.
+template <class T> TQ_FN void tq_load8(thread float (&v)[8], const device T* x, const device uint* signs) {
+  tq_unpack8<T>(v, tq_exclusive_or(*(const device uint4*)x, *(const device uint4*)signs));
+}
+TQ_FN float tq_with_sign(float x, const device uint* signs, int d) {
+  return as_type<float>(as_type<uint>(x) ^ (signs[d / 2] << (16 - 16 * (d % 2)) & 0x80000000u));
+}
+TQ_FN void tq_load8(thread float (&v)[8], const device float* x, const device uint* signs) {
+  TQ_UNROLL
+  for (int e = 0; e < 8; ++e) v[e] = tq_with_sign(x[e], signs, e);
+}
+
+// Lane p's share of a vector of HEAD_DIM elements, with changed signs where there are signs.
+template <int E, int M, int D, int HEAD_DIM, bool SIGNS, class T>
 TQ_FN void tq_load_share(thread float (&v)[E], const device T* x, const device uint* signs, int p) {
   if (M == 1 && HEAD_DIM == D) {
     TQ_UNROLL
     for (int i = 0; i < E / 8; ++i) {
       const int d = 8 * (p + D / E * i);
       float eight[8];
-      tq_load8(eight, x + d, signs + d / 2);
+      if (SIGNS) tq_load8(eight, x + d, signs + d / 2);
+      else tq_load8(eight, x + d);
       TQ_UNROLL
       for (int e = 0; e < 8; ++e) v[(8 * i + e) % E] = eight[e];
     }
   } else {
     TQ_UNROLL
     for (int e = 0; e < E; ++e) {
-      const int d = tq_element<E, M, D>(e, p);
-      const uint sign = signs[d / 2] << (16 - 16 * (d % 2)) & 0x80000000u;
-      v[e] = d < HEAD_DIM ? as_type<float>(as_type<uint>(float(x[d])) ^ sign) : 0.0f;
+      const int d = M == 1 ? 8 * (p + D / E * (e / 8)) + e % 8 : p + D / E * e;
+      v[e] = d < HEAD_DIM ? float(x[d]) : 0.0f;
+      if (SIGNS) v[e] = tq_with_sign(v[e], signs, d);
     }
   }
 }
 
-// v becomes rest where that is shorter: whether it did.
-template <int LANES, int E> TQ_FN bool tq_shorter(thread float (&v)[E], thread float (&rest)[E], bool allowed) {
-  float2 squares = float2(0.0f, 0.0f);
+TQ_FN float4 tq_load_numbers(const device float* x) { return *(const device float4*)x; }
+TQ_FN uint4 tq_load_numbers(const device uint* x) { return *(const device uint4*)x; }
+
+// Lane p's share of a table of D numbers.
+template <int E, int M, int D, class X> TQ_FN void tq_load_table(thread X (&v)[E], const device X* x, int p) {
   TQ_UNROLL
-  for (int e = 0; e < E; ++e) squares.x = fma(v[e], v[e], squares.x), squares.y = fma(rest[e], rest[e], squares.y);
-  TQ_UNROLL
-  for (int k = 1; k < LANES; k *= 2) {
-    squares.x += simd_shuffle_xor(squares.x, ushort(k));
-    squares.y += simd_shuffle_xor(squares.y, ushort(k));
+  for (int e = 0; e < E; e += M == 1 ? 4 : 1) {
+    if (M == 1) {
+      const auto four = tq_load_numbers(x + 8 * (p + D / E * (e / 8)) + e % 8);
+      v[e] = four.x, v[(e + 1) % E] = four.y, v[(e + 2) % E] = four.z, v[(e + 3) % E] = four.w;
+    } else {
+      v[e] = x[p + D / E * e];
+    }
   }
-  const bool is_shorter = allowed && squares.y < squares.x;
-  TQ_UNROLL
-  for (int e = 0; e < E; ++e) v[e] = is_shorter ? rest[e] : v[e];
-  return is_shorter;
 }
 
 // One step of Sylvester's transform, of elements that a lane holds.
@@ -108,6 +115,19 @@ template <int E, int M, int D> TQ_FN void tq_hadamard_share(thread float (&v)[E]
   }
 }
 
+// Sums in an order that does not depend on E: of each eight elements, of up to four such sums, and
+// of what lanes have.
+template <class X, int N> TQ_FN X tq_sum(thread X (&x)[N]) {
+  const X even = N > 2 ? x[0] + x[2 % N] : x[0];
+  if (N == 1) return even;
+  return even + (N > 3 ? x[1 % N] + x[3 % N] : x[1 % N]);
+}
+template <int LANES, class X> TQ_FN X tq_sum_over(X x) {
+  TQ_UNROLL
+  for (int k = LANES / 2; k > 0; k /= 2) x = x + as_type<X>(simd_shuffle_xor(as_type<float>(x), ushort(k)));
+  return x;
+}
+
 // The largest element of a vector, without its sign.
 template <int LANES, int E> TQ_FN float tq_peak(thread float (&v)[E]) {
   float peak = 0.0f;
@@ -118,28 +138,49 @@ template <int LANES, int E> TQ_FN float tq_peak(thread float (&v)[E]) {
   return peak;
 }
 
-TQ_FN half2 tq_twice(float x) { return as_type<half2>(tq_pack(x, x)); }
-
-// The sum of up to four numbers.
-template <class HALF2, int N> TQ_FN half2 tq_sum(thread HALF2 (&x)[N]) {
-  const half2 even = N > 2 ? x[0] + x[2 % N] : x[0];
-  if (N == 1) return even;
-  return even + (N > 3 ? x[1 % N] + x[3 % N] : x[1 % N]);
+// The mean of a key at a position, turned by the rotary embedding: a cos phi + b sin phi. Elements that are ALIKE apart turn by the same phase (0: none do).
+template <int E, int M, int D, int ALIKE>
+TQ_FN void tq_turned_mean(thread float (&mean)[E], const device float* a_table, const device float* b_table, const device uint* step_table, uint position, int p) {
+  float a[E], b[E];
+  uint steps[E];
+  tq_load_table<E, M, D>(a, a_table, p);
+  tq_load_table<E, M, D>(b, b_table, p);
+  tq_load_table<E, M, D>(steps, step_table, p);
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) {
+    if (ALIKE == 0 || e / (ALIKE + !ALIKE) % 2 == 0) {
+      const float2 turn = tq_turn(steps[e] * position);
+      mean[e] = fma(a[e], turn.x, b[e] * turn.y);
+      if (ALIKE != 0 && e + ALIKE < E) mean[(e + ALIKE) % E] = fma(a[(e + ALIKE) % E], turn.x, b[(e + ALIKE) % E] * turn.y);
+    }
+  }
 }
 
+// Takes a mean, of a given square, out of a vector where that makes it shorter.
+template <int LANES, int E>
+TQ_FN bool tq_leave_out(thread float (&v)[E], thread float (&mean)[E], float square, bool allowed) {
+  float dots[(E + 7) / 8];
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) dots[e / 8] = e % 8 == 0 ? v[e] * mean[e] : fma(v[e], mean[e], dots[e / 8]);
+  const bool shorter = 2.0f * tq_sum_over<LANES>(tq_sum(dots)) > square && allowed;
+  const float factor = shorter ? -1.0f : 0.0f;
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) v[e] = fma(factor, mean[e], v[e]);
+  return shorter;
+}
+
+TQ_FN half2 tq_twice(float x) { return as_type<half2>(tq_pack(x, x)); }
+
 // The best of STEPS steps: that with the least square error. Given are a lane's square errors in
-// units of each step, in two halves of a number for each eight elements. They are added in an order
-// that does not depend on E.
+// units of each step, in two halves of a number for each eight elements.
 template <int LANES, class HALF2, int STEPS, int EIGHTS>
 TQ_FN int tq_best(thread HALF2 (&errors)[STEPS][EIGHTS], const device float* squares) {
   float best = 0.0f;
   int chosen = 0;
   TQ_UNROLL
   for (int i = 0; i < STEPS; ++i) {
-    half2 sum = tq_sum(errors[i]);
-    TQ_UNROLL
-    for (int k = LANES / 2; k > 0; k /= 2) sum = sum + as_type<half2>(simd_shuffle_xor(as_type<float>(sum), ushort(k)));
-    const float error = (float(tq_low(as_type<uint>(sum))) + float(tq_high(as_type<uint>(sum)))) * squares[i];
+    const uint sum = as_type<uint>(tq_sum_over<LANES>(tq_sum(errors[i])));
+    const float error = (float(tq_low(sum)) + float(tq_high(sum))) * squares[i];
     if (i == 0 || error < best) best = error, chosen = i;
   }
   return chosen;
@@ -205,9 +246,27 @@ TQ_FN void tq_store_codes(device uchar* low, device uchar* high, thread uint (&c
 }
 
 // Bits of a scale; NaN where it is infinite, or where a given element is NaN, so that what could not
-// be encoded stays visible.
-TQ_FN uint tq_scale_bits(float scale, float element) {
+// be encoded stays visible. The sign is a flag.
+TQ_FN uint tq_scale_bits(float scale, float element, bool flag) {
   const uint bits = as_type<ushort>(half(scale));
   const bool wrong = (bits & 0x7c00u) == 0x7c00u || (as_type<uint>(element) & 0x7fffffffu) > 0x7f800000u;
-  return wrong ? 0x7e00u : bits;
+  return wrong ? 0x7e00u : bits | uint(flag) << 15;
+}
+
+// Copies COPIED words of a ring of TAIL tokens, WORDS words each, of each KV head, with the new tokens
+// that go there: token i lies in slot i % TAIL. first_token: the index of the first new one; first:
+// the first word, THREADS apart from the next. TAIL is a power of two.
+template <int TAIL, int WORDS, int COPIED, int THREADS, class WORD>
+TQ_FN void tq_push(device WORD* next, const device WORD* ring, const device WORD* fresh, int first_token, int tokens, int first, int words) {
+  TQ_UNROLL
+  for (int k = 0; k < COPIED; ++k) {
+    const int i = first + k * THREADS;
+    if (i < words) {
+      const int slot = i / WORDS % TAIL;
+      // The last of the new tokens that go there.
+      const int token = tokens - 1 - ((first_token + tokens - 1 - slot) & (TAIL - 1));
+      const size_t at = (size_t(i / (TAIL * WORDS)) * tokens + max(token, 0)) * WORDS + i % WORDS;
+      next[i] = token < 0 ? ring[i] : fresh[at];
+    }
+  }
 }

@@ -7,9 +7,10 @@
   // tail_keys, tail_values  T (KV heads, TAIL, HEAD_DIM): the token of index i lies in slot i % TAIL
   // count        int32: KV heads * tokens, tokens, how many tokens keep their mean whatever it is
   // start        int32: position and index of the first token
-  // turns        uint32 (D): the step of each element's pair. CENTRE only
-  // means        float (KV heads, 4, D): factors of cosine and sine that give an element of R_j mu,
-  //              smoothing, mean value. All but smoothing with changed signs, the first two smoothed
+  // turns        uint32 (D): the step of each element's pair. CENTRE only, as what follows
+  // means        float (KV heads, 4 * D + 4): factors of cosine and sine that give an element of R_j mu,
+  //              smoothing, mean value; the first two smoothed, and all with changed signs; then the
+  //              squares of the means of keys and of values
   // signs        uint32 (D / 2): bits 15 and 31 of number i: elements 2 i and 2 i + 1 change signs
   // numbers      float; of each step of keys: its square, its scale, the factor that takes an element
   //              to its code / (2^bits - 1); of each step of values: its square, its scale; the unit
@@ -33,29 +34,33 @@
   constexpr int V_HALVES = 2 * K_STEPS;
   constexpr int LEVELS = V_HALVES + V_STEPS;
   constexpr int AT_ONCE = GROUPS * 32 / LANES;  // vectors of a threadgroup
-  const int encoding = (count[0] + AT_ONCE - 1) / AT_ONCE;
+  const int vectors = count[0], tokens = count[1];
+  const int encoding = (vectors + AT_ONCE - 1) / AT_ONCE;
   if (int(threadgroup_position_in_grid.x) >= encoding) {
-    const int copied = count[0] / count[1] * TAIL * HEAD_DIM;
-    int i = (int(threadgroup_position_in_grid.x) - encoding) * COPIED + int(thread_index_in_threadgroup);
-    TQ_NO_UNROLL
-    for (int k = 0; k < COPIED && i < copied; k += GROUPS * 32, i += GROUPS * 32) {
-      const int slot = i / HEAD_DIM % TAIL;
-      const int token = count[1] - 1 - ((start[1] + count[1] - 1 - slot) & (TAIL - 1));
-      const size_t at = (size_t(i / (TAIL * HEAD_DIM)) * count[1] + max(token, 0)) * HEAD_DIM + i % HEAD_DIM;
-      next_keys[i] = token < 0 ? tail_keys[i] : keys[at];
-      next_values[i] = token < 0 ? tail_values[i] : values[at];
+    const int first = (int(threadgroup_position_in_grid.x) - encoding) * GROUPS * 32 * COPIED + int(thread_index_in_threadgroup);
+    const int heads = vectors / tokens;
+    if (HEAD_DIM * sizeof(T) % 16 == 0) {
+      constexpr int WORDS = HEAD_DIM * sizeof(T) / 16;
+      const int words = heads * TAIL * WORDS;
+      tq_push<TAIL, WORDS, COPIED, GROUPS * 32>((device uint4*)next_keys, (const device uint4*)tail_keys, (const device uint4*)keys, start[1], tokens, first, words);
+      tq_push<TAIL, WORDS, COPIED, GROUPS * 32>((device uint4*)next_values, (const device uint4*)tail_values, (const device uint4*)values, start[1], tokens, first, words);
+    } else {
+      const int words = heads * TAIL * HEAD_DIM;
+      tq_push<TAIL, HEAD_DIM, COPIED, GROUPS * 32>(next_keys, tail_keys, keys, start[1], tokens, first, words);
+      tq_push<TAIL, HEAD_DIM, COPIED, GROUPS * 32>(next_values, tail_values, values, start[1], tokens, first, words);
     }
     return;
   }
+
   const int lane = thread_index_in_simdgroup;
   const int p = lane % LANES;
   const int group = int(threadgroup_position_in_grid.x) * GROUPS + int(simdgroup_index_in_threadgroup);
   const int wanted = group * (32 / LANES) + lane / LANES;
-  const bool live = wanted < count[0];
-  const size_t token = live ? wanted : count[0] - 1;  // every lane takes part in the shuffles
-  device uchar* row = rows + token * ROW;
-  const int number = int(token) % count[1];
-  const device float* mean = means + (CENTRE ? token / count[1] * 4 * D : 0);
+  const bool live = wanted < vectors;
+  const size_t vector = live ? wanted : vectors - 1;  // every lane takes part in the shuffles
+  const int token = CENTRE ? int(vector) % tokens : 0;
+  const device float* its_means = means + (CENTRE ? int(vector) / tokens * (4 * D + 4) : 0);
+  device uchar* row = rows + vector * ROW;
 
   constexpr int EXCHANGED = M == 1 ? 1 : GROUPS * 32 * E;
   threadgroup uchar exchanged[EXCHANGED];
@@ -67,18 +72,17 @@
 
   // ---- The key
   {
-    tq_load_share<E, M, D, HEAD_DIM>(y, keys + token * HEAD_DIM, signs, p);
-    uint flag = 0;
+    bool flag = false;
     if (CENTRE) {
-      float rest[E];
+      float mean[E];
+      tq_load_share<E, M, D, HEAD_DIM, false>(y, keys + vector * HEAD_DIM, signs, p);
+      tq_load_table<E, M, D>(mean, its_means + 2 * D, p);
       TQ_UNROLL
-      for (int e = 0; e < E; ++e) {
-        const int d = tq_element<E, M, D>(e, p);
-        const float2 turn = tq_turn(uint(start[0] + number) * turns[d]);
-        y[e] *= mean[2 * D + d];
-        rest[e] = y[e] - fma(mean[d], turn.x, mean[D + d] * turn.y);
-      }
-      flag = tq_shorter<LANES>(y, rest, number >= count[2]) ? 0x8000u : 0u;
+      for (int e = 0; e < E; ++e) y[e] *= mean[e];
+      tq_turned_mean<E, M, D, ALIKE>(mean, its_means, its_means + D, turns, uint(start[0] + token), p);
+      flag = tq_leave_out<LANES>(y, mean, its_means[4 * D], token >= count[2]);
+    } else {
+      tq_load_share<E, M, D, HEAD_DIM, true>(y, keys + vector * HEAD_DIM, signs, p);
     }
     tq_hadamard_share<E, M, D>(y, p);
     const float peak = tq_peak<LANES>(y);
@@ -99,7 +103,7 @@
       }
     }
     const int chosen = tq_best<LANES>(errors, numbers);
-    scales = tq_scale_bits(peak * numbers[K_STEPS + chosen], y[0]) | flag;
+    scales = tq_scale_bits(peak * numbers[K_STEPS + chosen], y[0], flag);
     const float factor = numbers[2 * K_STEPS + chosen];
     TQ_UNROLL
     for (int e = 0; e < E; ++e) codes[e] = tq_nearest<2 * K_CELLS - 1>(fma(y[e], factor, 0.5f));
@@ -108,13 +112,12 @@
 
   // ---- The value
   {
-    tq_load_share<E, M, D, HEAD_DIM>(y, values + token * HEAD_DIM, signs, p);
-    uint flag = 0;
+    tq_load_share<E, M, D, HEAD_DIM, true>(y, values + vector * HEAD_DIM, signs, p);
+    bool flag = false;
     if (CENTRE) {
-      float rest[E];
-      TQ_UNROLL
-      for (int e = 0; e < E; ++e) rest[e] = y[e] - mean[3 * D + tq_element<E, M, D>(e, p)];
-      flag = tq_shorter<LANES>(y, rest, true) ? 0x80000000u : 0u;
+      float mean[E];
+      tq_load_table<E, M, D>(mean, its_means + 3 * D, p);
+      flag = tq_leave_out<LANES>(y, mean, its_means[4 * D + 1], true);
     }
     tq_hadamard_share<E, M, D>(y, p);
     const float peak = tq_peak<LANES>(y);
@@ -141,7 +144,7 @@
       }
     }
     const int chosen = tq_best<LANES>(errors, numbers + V_NUMBERS);
-    scales |= tq_scale_bits(peak * numbers[V_NUMBERS + V_STEPS + chosen], y[0]) << 16 | flag;
+    scales |= tq_scale_bits(peak * numbers[V_NUMBERS + V_STEPS + chosen], y[0], flag) << 16;
     float coefficients[TERMS];
     TQ_UNROLL
     for (int i = 0; i < TERMS; ++i) coefficients[i] = numbers[UNIT + 2 + chosen * TERMS + i];

@@ -19,7 +19,8 @@ from .launch import Executor, Launch, integers, on_gpu
 MAX_DIM = 512  # 32 lanes of 16 elements
 MANY = 4096  # vectors, which keep a GPU busy
 SIMDGROUPS = 4  # of a threadgroup
-COPIED = 8 * SIMDGROUPS * 32  # elements of the tail that a threadgroup copies
+COPIED = 2  # words of the tail, of up to 16 bytes, that a thread copies
+LAYERS = 512  # of which tables are kept
 SEARCH_TERMS = {2: 1, 3: 3, 4: 3, 5: 5, 6: 7, 8: 9}
 """Value width -> terms of the polynomial that takes a value to its cell during the search."""
 
@@ -77,7 +78,9 @@ def store(
     dim, count = layout.dim, heads * num_tokens
     share = _share(dim, count)
     at_once = SIMDGROUPS * 32 * share // dim
-    groups = -(-count // at_once) + -(-heads * TAIL * head_dim // COPIED)
+    wide = head_dim * keys.dtype.size % 16 == 0  # 16 bytes are copied at a time
+    words = heads * TAIL * (head_dim * keys.dtype.size // 16 if wide else head_dim)
+    groups = -(-count // at_once) + -(-words // (COPIED * SIMDGROUPS * 32))
     sign_bits, numbers, halves = _tables(layout)
     # Not read without a centre, but of the same types and address space.
     turns, means = _centre_tables(centre, dim) if centre else (sign_bits, numbers)
@@ -97,6 +100,7 @@ def store(
             "means": means,
         },
         template={
+            "T": keys.dtype,
             "HEAD_DIM": head_dim,
             "D": dim,
             "M": hadamard_factor(dim),
@@ -110,6 +114,7 @@ def store(
             "TAIL": TAIL,
             "COPIED": COPIED,
             "CENTRE": int(centre is not None),
+            "ALIKE": alike(centre, dim, share) if centre else 0,
             **plane_constants(layout),
         },
         outputs={
@@ -168,18 +173,46 @@ def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
     return tables
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=LAYERS)
 def _centre_tables(centre: Centre, dim: int) -> tuple[mx.array, mx.array]:
     """The inputs ``turns`` and ``means`` of the kernel."""
-    first, second, step = centre.pairs.T
-    head_dim = 2 * len(step)
+    first, second = np.array(centre.pairs[:, :2]).T
+    mu, t, m = (np.array(x, np.float64) for x in (centre.mu, centre.smoothing, centre.value_mean))
+    heads, head_dim = mu.shape
+    negative, sign = np.zeros((heads, head_dim)), np.array(signs(dim))[:head_dim]
+    negative[:, first], negative[:, second] = -mu[:, second], mu[:, first]
+    rows = np.zeros((heads, 4, dim))
+    rows[..., :head_dim] = np.stack([t * mu, t * negative, t, m], axis=1) * sign
+    squares = np.zeros((heads, 4))  # two of them keep what follows aligned
+    squares[:, 0], squares[:, 1] = ((t * mu) ** 2).sum(axis=1), (m**2).sum(axis=1)
+    means = np.concatenate([rows.reshape(heads, -1), squares], axis=1)
+    tables = mx.array(_by_element(centre, dim)), mx.array(means.astype(np.float32))
+    mx.eval(*tables)
+    return tables
+
+
+def alike(centre: Centre, dim: int, share: int) -> int:
+    """How far apart in a lane's share elements are that turn by the same phase; 0: not at all."""
+    return _alike(_by_element(centre, dim).tobytes(), share, hadamard_factor(dim) == 1)
+
+
+def _by_element(centre: Centre, dim: int) -> np.ndarray:
+    """Step of the phase of each element, uint32 ``(dim,)``; 0 where RoPE does nothing."""
+    first, second, steps = np.array(centre.pairs).T
     turns = np.zeros(dim, np.uint32)
-    turns[first] = turns[second] = step
-    mu, smoothing, value_mean = (np.array(x) for x in centre.arrays[1:])
-    means = np.zeros((len(mu), 4, dim), np.float32)
-    means[:, 0, :head_dim] = mu
-    means[:, 1, first], means[:, 1, second] = -mu[:, second], mu[:, first]
-    means[:, :2, :head_dim] *= smoothing[:, None]
-    means[:, 2, :head_dim], means[:, 3, :head_dim] = smoothing, value_mean
-    means[:, [0, 1, 3]] *= np.array(signs(dim))
-    return mx.array(turns), mx.array(means)
+    turns[first], turns[second] = steps, steps
+    return turns
+
+
+@lru_cache
+def _alike(turns: bytes, share: int, contiguous: bool) -> int:
+    turns = np.frombuffer(turns, np.uint32)
+    if contiguous:  # element e of lane p is 8 * (p + lanes * (e // 8)) + e % 8
+        held = turns.reshape(share // 8, -1, 8).swapaxes(0, 1).reshape(-1, share)
+    else:
+        held = turns.reshape(share, -1).T
+    for apart in range(1, share):
+        firsts = [e for e in range(share - apart) if e // apart % 2 == 0]
+        if np.array_equal(held[:, firsts], held[:, [e + apart for e in firsts]]):
+            return apart
+    return 0
