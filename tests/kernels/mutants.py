@@ -109,6 +109,9 @@ _EQUIVALENT = """
 decode_fma.metal: constexpr int KE = D < 64 ? 8 : 16;
 decode_fma.metal: constexpr int VQ = VROWS * VSPLIT < 8 ? 4 : VROWS * VSPLIT <= 16 ? 2 : 1;
 decode_fma.metal: constexpr int VQ = VROWS * VSPLIT <= 8 ? 4 : VROWS * VSPLIT < 16 ? 2 : 1;
+= there is no tail, so the loop over its tokens is not entered
+merge.metal: if (TAIL >= 0) {
+merge.metal: const size_t at = size_t(ring + t % (TAIL >= 0 ? TAIL : 1)) * head_dim;
 = a chunk more, whose queries are zero
 decode_fma.metal: constexpr int NKC = (D + 8 * KE - 0) / (8 * KE);
 decode_mma.metal: constexpr int NKC = (D + 4 * KD - 0) / (4 * KD);
@@ -167,6 +170,8 @@ decode_mma.metal: const bool there = c % PER * 4 + quad <= dims / KD;
 = not seen, though out of bounds: clang moves the load into the loop, which is then not entered
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 0, 0)) / NSB];
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 1, -1)) / NSB];
+= not seen, though out of bounds: all threadgroup memory counts as one piece, here written later
+centre.h: for (int i = start; i <= W * C * P; i += step) {
 = not seen, though out of bounds: clang checks no index of a vector of which it writes one element
 decode_mma.metal: for (int p = 0; p <= NPAIR; ++p) {
 = another sub-block of the same page, whose tokens are all masked
