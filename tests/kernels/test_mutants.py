@@ -67,6 +67,17 @@ def attends_to_nothing():
     return not got[0].any() and np.isfinite(got).all()
 
 
+def attends_beside_nan(variant, lengths, **case):
+    """The scales behind the last token are NaN."""
+    made = Case(lengths, **{"dtype": mx.float32} | case)
+    page, size = made.layout, made.layout.config.block_size
+    table = np.array(made.block_table)
+    slots = [table[i, n // size] * size + n % size for i, n in enumerate(lengths)]
+    rows = mx.full((made.pool.pages.shape[1], len(slots), page.code_bytes + 4), 255, mx.uint8)
+    made.pool.write(np.array(slots), rows)
+    return made.error(decode, variant=variant, execute=run) < BOUND
+
+
 def attends_to_zeros(variant, lengths, **case):
     """Tokens without flags whose keys and values are zero have scales of zero."""
     made = Case(lengths, **{"dtype": mx.float32} | case)
@@ -151,6 +162,7 @@ SHORT = [
     (attends, [33, 90], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32, window=9)),
     (attends, [333], dict(GROWS, bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
     (attends, [40, 333], dict(heads=(12, 2), rows=2, head_dim=80, max_tokens=1100)),
+    (attends_beside_nan, [25, 68], dict(heads=(12, 2), rows=2, head_dim=80)),
     (attends, [9, 16], dict(heads=(12, 2), rows=2, head_dim=80)),
     (attends, [0, 33], dict(heads=(12, 2), rows=2, head_dim=80, tail=2)),
     (attends, [16, 48], dict(heads=(12, 2), rows=2, head_dim=80, window=16, max_tokens=300)),
