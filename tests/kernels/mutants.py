@@ -222,12 +222,6 @@ decode.h: const uint middle = ((1u << BITS) - 1u) << (s >= 0 ? s - 1 : 0);
 = c/b is 0 up to 4 bits
 decode.h: if (BITS >= 4) {
 encode.h: if (BITS >= 4) {
-= SIZE is no multiple of 8 here, so the two are never equal
-encode.h: const uint mine = 8 * i <= SIZE ? words[0] >> (8 * i % 32) : 0;
-encode.h: const uint its = 8 * i > SIZE ? next >> ((8 * i - SIZE) & 31) : next << ((SIZE - 8 * i) & 31);
-encode.h: if (live && p % 2 == 0) plane[p * SIZE / 8 + i] = uchar(8 * i + 8 < SIZE ? mine : mine | its);
-= the same bytes one by one
-encode.h: } else if (SIZE % 32 == 1) {
 """  # noqa: E501
 
 

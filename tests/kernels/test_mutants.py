@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from unittest import mock
 
+import centres
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -28,11 +29,12 @@ from vllm_metal_tq.config import TurboQuantConfig
 from vllm_metal_tq.kernels import decode as decode_kernel
 from vllm_metal_tq.kernels import launch as launches
 from vllm_metal_tq.kernels.decode import decode
-from vllm_metal_tq.kernels.encode import encode
+from vllm_metal_tq.kernels.encode import encode, store
 from vllm_metal_tq.kernels.gather import gather
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.msl import simulate as simulation
 from vllm_metal_tq.rotation import rotate
+from vllm_metal_tq.tail import TAIL, pushed, sources
 
 needs_simulator = pytest.mark.skipif(
     not msl.can_simulate(), reason=str(msl.compiler.why_not_simulate())
@@ -135,6 +137,24 @@ def encodes_zeros():
     return mx.array_equal(rows[..., : page.code_bytes], oracle[..., : page.code_bytes]).item()
 
 
+def stores(bits, head_dim, *, tokens=40, index=7, uncentred=3):
+    """With a centre and a tail; the first tokens keep their means."""
+    page, centre = PageLayout(TurboQuantConfig(*bits), head_dim), centres.random(2, head_dim)
+    keys, values = centres.typical(centre, tokens)
+    ring = [mx.random.normal((2, TAIL, head_dim), key=mx.random.key(i)) for i in range(2)]
+    options = {"start": mx.array([0, index], mx.int32), "centre": centre, "uncentred": uncentred}
+    rows, *found = store(keys, values, ring, page, **options, execute=run)
+    source = sources(index, tokens)
+    expected = [pushed(*x, source) for x in zip(ring, (keys, values), strict=True)]
+    positions = mx.arange(tokens)
+    oracles = [codec.encode(keys, values, page, x, positions) for x in (centre.without_mu, centre)]
+    oracle = mx.concatenate([oracles[0][:, :uncentred], oracles[1][:, uncentred:]], axis=1)
+    same = (rows == oracle).all(axis=-1).astype(mx.float32).mean().item()
+    flags = (x[..., page.code_bytes + 1 :: 2] >= 128 for x in (rows, oracle))
+    tails_same = all(mx.array_equal(*x) for x in zip(found, expected, strict=True))
+    return same > 0.9 and mx.array_equal(*flags).item() and tails_same
+
+
 def gathers(bits, head_dim, tokens, block_size=16, dtype=mx.float32):
     page, pages, table = _to_gather(bits, head_dim, tokens, block_size)
     found = gather(pages, mx.array(table, mx.int32), tokens, page, dtype, run)
@@ -212,6 +232,8 @@ CENTRED = [
     (attends_to_zeros, [17, 333], SMALL),
 ]
 ENCODES = [
+    (stores, (4, 4), dict(head_dim=64)),
+    (stores, (3, 5), dict(head_dim=80, tokens=3)),
     (encodes, (3, 3), dict(head_dim=96)),
     (encodes, (4, 4), dict(head_dim=64)),
     (encodes, (4, 4), dict(head_dim=64, tokens=1, heads=1, same=1)),
@@ -407,8 +429,8 @@ SAMPLE = {
     "decode_fma.metal": ["no_barrier; #2", "const int end = min(paged, rows_from + last_row + 0);"],
     "gather.metal": ["if (token > num_tokens[0]) return;"],
     "encode.metal": [
-        "no_barrier; #2",
-        "const bool live = wanted <= count[0];",
+        "const bool live = wanted <= vectors;",
+        "flag = tq_leave_out<LANES>(y, mean, its_means[4 * D], token > count[2]);",
     ],
 }
 
