@@ -1,6 +1,13 @@
 // What both decode kernels share: loads of a page, and codes as half floats.
 #include "attention.h"
 
+#ifdef __CUDACC__
+// At most 128 registers a lane, so that 16 SIMD-groups fit a processor: MLX's own signatures say
+// nothing of it, and decode_mma then takes up to 138.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(256, 2)
+#endif
+
 // Pairs of codes. A word of a plane of b bits holds 16 / b codes in each half; the pair `field`
 // of two such codes becomes two half floats without a conversion: placed under the exponent of
 // 2^(10 - s), bits s and above of a half count in whole numbers.

@@ -130,8 +130,3 @@ template <int SHIFT> TQ_FN half2 tq_round_and_half(half2 x) {
   constexpr float unit = 1.0f / (1 << SHIFT);
   return __hfma2(x + __float2half2_rn(1024.0f), __float2half2_rn(unit), __float2half2_rn(-1023.5f * unit));
 }
-
-// At most 128 registers a lane, so that 16 SIMD-groups fit a processor: MLX's own signatures say
-// nothing of it, and decode_mma then takes up to 138.
-#undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__(256, 2)
