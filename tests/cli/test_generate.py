@@ -75,7 +75,7 @@ def test_a_saved_prompt_is_continued(capsys, demo, tmp_path):
     cache = make_prompt_cache(model)
     model(mx.array([tokenizer.encode(text)]), cache=cache)
     file = tmp_path / "prompt.safetensors"
-    save_prompt_cache(file, cache)
+    save_prompt_cache(file, cache, model)
     flags = ("-p", " Rome. The capital of Spain is", "--ignore-chat-template", "-m", "2", "--json")
     answer = json.loads(generate(capsys, *flags, "--prompt-cache-file", str(file))[1])
     assert "Madrid" in answer["text"]

@@ -6,13 +6,8 @@ script changes.
 
 from .cache import TurboQuantKVCache
 from .measure import calibrate
-from .prompt_cache import (
-    CacheReport,
-    load_prompt_cache,
-    make_prompt_cache,
-    report,
-    save_prompt_cache,
-)
+from .prompt_cache import CacheReport, make_prompt_cache, report
+from .saved import load_prompt_cache, save_prompt_cache
 
 __all__ = [
     "CacheReport",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 
@@ -98,46 +96,3 @@ def make_prompt_cache(
 
 def _fits(centre: Centre | None, shape: tuple[int, int] | None) -> bool:
     return centre is None or (shape is not None and centre.mu.shape == shape[::-1])
-
-
-def save_prompt_cache(file_name: str, prompt_cache: list, metadata: dict | None = None) -> None:
-    """Save ``prompt_cache`` with ``metadata`` (strings), as ``mlx_lm.models.cache`` does.
-
-    Raises:
-        ValueError: the name does not end in ``.safetensors``.
-    """
-    if Path(file_name).suffix != ".safetensors":
-        raise ValueError(f"prompt cache {str(file_name)!r}: the name must end in .safetensors")
-    host.save_prompt_cache(str(file_name), prompt_cache, metadata or {})
-
-
-def load_prompt_cache(file_name: str, model: nn.Module, return_metadata: bool = False):
-    """Load what ``save_prompt_cache`` wrote, for use with ``model``.
-
-    Returns:
-        The prompt cache, or with ``return_metadata`` a tuple of it and the metadata.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, is no prompt cache, was written by an mlx_lm with another
-            file format, or does not fit the model.
-    """
-    if not Path(file_name).is_file():
-        raise FileNotFoundError(f"prompt cache {str(file_name)!r}: no such file")
-    hook.install(model)
-    try:
-        prompt_cache, metadata = host.load_prompt_cache(str(file_name), return_metadata=True)
-        mx.eval([cache.state for cache in prompt_cache])  # reads the file to its end
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"prompt cache {str(file_name)!r} is damaged or foreign: {e}") from e
-    shapes = [
-        (cache.layout.head_dim, cache.pool.num_kv_heads)
-        if isinstance(cache, TurboQuantKVCache)
-        else None
-        for cache in prompt_cache
-    ]
-    if shapes != plain_attention(model):
-        raise ValueError(
-            f"prompt cache {str(file_name)!r} was made by another model, or without compression"
-        )
-    return (prompt_cache, metadata) if return_metadata else prompt_cache

@@ -1,0 +1,334 @@
+"""Prompt caches in files: safetensors, of a format of their own.
+
+mlx_lm's format changed between 0.31 and 0.32; this one is the same for both. The metadata says
+what a file is and for which model; a checksum covers every byte of it, header included, and is
+verified before anything is parsed, so that a damaged file is never half believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+from uuid import uuid4
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as host
+import numpy as np
+from mlx.utils import tree_flatten
+
+from . import hook
+from .cache import TurboQuantKVCache
+from .probe import plain_attention
+
+_FORMAT = "vllm-metal-tq prompt cache"
+_VERSION = "1"
+_BLANK = "0" * 64  # stands for the checksum while it is computed
+_CHECKSUM = re.compile(rb'"checksum"\s*:\s*"([0-9a-f]{64})"')
+_MAX_HEADER = 100_000_000  # bytes, as safetensors limits it
+_SAMPLES = 64  # elements of each weight that the fingerprint looks at
+_ANEW = "make it anew with `vllm-metal-tq cache-prompt` or save_prompt_cache"
+
+
+def save_prompt_cache(
+    file_name: str | Path, prompt_cache: list, model: nn.Module, metadata: dict | None = None
+) -> None:
+    """Save a prompt cache; what it replaces stays whole until the new file is complete.
+
+    Args:
+        file_name: must end in ``.safetensors``.
+        prompt_cache: what ``make_prompt_cache(model)`` made.
+        model: the model that filled it. Its fingerprint goes into the file.
+        metadata: strings to keep with it.
+
+    Raises:
+        ValueError: the name is unfit, or the cache is of another model.
+        OSError: the file cannot be written.
+    """
+    file = check_target(file_name)
+    hook.install(model)
+    if not _of_model(prompt_cache, model):
+        raise ValueError(f"{_name(file)} is not saved: the cache was made for another model")
+    arrays: dict[str, mx.array] = {}
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "checksum": _BLANK,
+        "model": model_fingerprint(model),
+        "calibration": _calibration_fingerprint(prompt_cache),
+        "mlx_lm": _mlx_lm(),
+        "layers": json.dumps([_record(c, str(i), arrays) for i, c in enumerate(prompt_cache)]),
+        "metadata": json.dumps(metadata or {}),
+    }
+    scratch = file.with_name(f".{uuid4().hex}.safetensors")
+    try:
+        # safetensors cannot be empty.
+        mx.save_safetensors(str(scratch), arrays or {"none": mx.zeros(1)}, header)
+        _seal(scratch)
+        scratch.replace(file)
+    except RuntimeError as error:  # what MLX raises where the system refuses
+        raise OSError(f"{_name(file)} cannot be written: {error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def check_target(file_name: str | Path) -> Path:
+    """The path of a file to save to.
+
+    Raises:
+        ValueError: the name does not end in ``.safetensors``, or is a folder's.
+        FileNotFoundError: the folder is not there.
+    """
+    file = Path(file_name)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{_name(file)}: the name must end in .safetensors")
+    if file.is_dir():
+        raise ValueError(f"{_name(file)} is a folder: name a file")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{_name(file)}: there is no folder {str(file.parent)!r}")
+    return file
+
+
+def load_prompt_cache(file_name: str | Path, model: nn.Module, return_metadata: bool = False):
+    """Load what ``save_prompt_cache`` wrote, for use with ``model``.
+
+    The cache brings the widths and the centres with which it was made, whatever calibration the
+    model has now.
+
+    Returns:
+        The prompt cache, or with ``return_metadata`` a tuple of it and the metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is no prompt cache, is of another version or model, or
+            holds caches of another mlx_lm's.
+    """
+    file = Path(file_name)
+    if not file.exists():
+        raise FileNotFoundError(f"{_name(file)}: no such file")
+    if file.is_dir():
+        raise ValueError(f"{_name(file)} is a folder: name a file")
+    _check_seal(file)
+    hook.install(model)
+    try:
+        arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
+        mx.eval(arrays)  # reads the file to its end
+        _check_header(file, header, model)
+        records, metadata = json.loads(header["layers"]), json.loads(header["metadata"])
+        _check_classes(file, header, records)
+        made = host.make_prompt_cache(model)
+        prompt_cache = [_rebuilt(record, made, i, arrays) for i, record in enumerate(records)]
+    except _UnfitError as error:
+        raise ValueError(str(error)) from None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_name(file)} contradicts itself: {error}; {_ANEW}") from error
+    if not _of_model(prompt_cache, model):
+        raise ValueError(f"{_name(file)} was made by another model; {_ANEW}")
+    if header["calibration"] != _calibration_fingerprint(prompt_cache):
+        raise ValueError(f"{_name(file)} contradicts itself: other centres; {_ANEW}")
+    return (prompt_cache, metadata) if return_metadata else prompt_cache
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """32 hexadecimal digits that tell models apart: shapes, types, RoPE and some of each weight.
+
+    A prompt cache is wrong for a model that differs in any weight, so that this looks at every
+    one, where a calibration's fingerprint may be content with a few.
+    """
+    weights = sorted(tree_flatten(model.parameters()))
+    shapes = [(name, x.shape, str(x.dtype)) for name, x in weights]
+    digest = hashlib.sha256(repr([shapes, _rope_settings(getattr(model, "args", None))]).encode())
+    samples = [_bits(x.reshape(-1)[:: max(x.size // _SAMPLES, 1)][:_SAMPLES]) for _, x in weights]
+    mx.eval(samples)
+    for sample in samples:
+        digest.update(np.array(sample).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _bits(x: mx.array) -> mx.array:
+    return x.view(mx.uint8) if x.size else x.astype(mx.uint8)
+
+
+def _rope_settings(settings) -> list[tuple[str, str]]:
+    """What a model's arguments say of RoPE: keys differ with it although no weight does."""
+    fields = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    found = []
+    for name, value in sorted(fields.items(), key=lambda item: str(item[0])):
+        if value is not None and ("rope" in str(name) or "rotary" in str(name)):
+            found.append((str(name), repr(value)))
+        elif isinstance(value, dict) or hasattr(value, "__dict__"):
+            found += _rope_settings(value)
+    return found
+
+
+def _calibration_fingerprint(prompt_cache: list) -> str:
+    """32 hexadecimal digits of the centres that the layers were encoded with."""
+    digest = hashlib.sha256()
+    for layer, cache in enumerate(prompt_cache):
+        centre = getattr(cache, "centre", None)
+        for array in centre.arrays if centre else ():
+            digest.update(f"{layer} {array.shape}".encode() + np.array(array).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _of_model(prompt_cache: list, model: nn.Module) -> bool:
+    """Whether exactly those layers are compressed that can be, with vectors of the right size."""
+    shapes = plain_attention(model)
+    ours = [isinstance(cache, TurboQuantKVCache) for cache in prompt_cache]
+    return ours == [shape is not None for shape in shapes] and all(
+        shape is None
+        # A batch in lockstep is one sequence with more KV heads.
+        or (cache.layout.head_dim == shape[0] and cache.pool.num_kv_heads % shape[1] == 0)
+        for cache, shape in zip(prompt_cache, shapes, strict=True)
+    )
+
+
+def _record(cache, name: str, arrays: dict[str, mx.array]) -> dict:
+    """What the header says of one layer; its arrays join ``arrays``."""
+    record = {"class": type(cache).__name__}
+    if isinstance(cache, TurboQuantKVCache):
+        record["config"] = _widths(cache)
+        return record | {"state": _packed(cache.state, name, arrays)}
+    # mlx_lm before 0.32 keeps numbers apart from arrays, and has no state for an empty cache.
+    if hasattr(cache, "meta_state"):
+        record["meta_state"] = cache.meta_state
+    state = None if cache.empty() else _packed(cache.state, name, arrays)
+    return record | {"state": state}
+
+
+def _widths(cache: TurboQuantKVCache) -> list[int]:
+    return [cache.config.k_bits, cache.config.v_bits, cache.config.block_size]
+
+
+def _packed(value, name: str, arrays: dict[str, mx.array]):
+    """A state as JSON takes it: arrays become names, or shapes where they are empty."""
+    if isinstance(value, mx.array):
+        if not value.size:  # cannot be saved
+            return {"shape": value.shape, "dtype": str(value.dtype).removeprefix("mlx.core.")}
+        arrays[name] = value
+        return {"array": name}
+    if isinstance(value, (list, tuple)):
+        return [_packed(x, f"{name}.{i}", arrays) for i, x in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"a cache's state holds {type(value).__name__}, which cannot be saved")
+
+
+def _unpacked(value, arrays: dict[str, mx.array]):
+    if isinstance(value, list):
+        return [_unpacked(x, arrays) for x in value]
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        return arrays[value["array"]]
+    return mx.zeros(value["shape"], getattr(mx, value["dtype"]))
+
+
+def _rebuilt(record: dict, made: list, layer: int, arrays: dict[str, mx.array]):
+    """The cache of one layer."""
+    state = _unpacked(record["state"], arrays)
+    if record["class"] == TurboQuantKVCache.__name__:
+        cache = TurboQuantKVCache.from_state(state)
+        if _widths(cache) != record["config"]:
+            raise ValueError(f"layer {layer} has other widths than its header says")
+        return cache
+    cls = _host_class(record["class"], made)
+    meta_state = [record["meta_state"]] if "meta_state" in record else []
+    if state is not None:
+        return cls.from_state(state, *meta_state)
+    cache = made[layer]
+    if type(cache) is not cls:
+        raise ValueError(f"layer {layer} is an empty {record['class']}")
+    for meta in meta_state:
+        cache.meta_state = meta
+    return cache
+
+
+def _host_class(name: str, made: list) -> type:
+    """A cache class of mlx_lm's or of the model's own, and nothing else that goes by the name."""
+    classes = {type(cache).__name__: type(cache) for cache in made}
+    cls = classes.get(name) or getattr(host, name)
+    if not (isinstance(cls, type) and issubclass(cls, host._BaseCache)):
+        raise ValueError(f"{name} is no cache")
+    return cls
+
+
+class _UnfitError(Exception):
+    """A whole file that is not for us; the message says all."""
+
+
+def _check_header(file: Path, header: dict[str, str], model: nn.Module) -> None:
+    if header.get("format") != _FORMAT:
+        raise _UnfitError(f"{_name(file)} is no {_FORMAT}; {_ANEW}")
+    if header.get("version") != _VERSION:
+        raise _UnfitError(
+            f"{_name(file)} has version {header.get('version')}: {_VERSION} can be read; {_ANEW}"
+        )
+    if header["model"] != model_fingerprint(model):
+        raise _UnfitError(
+            f"{_name(file)} was made by another model: load it with that one, or make one for "
+            "this model with `vllm-metal-tq cache-prompt`"
+        )
+
+
+def _check_classes(file: Path, header: dict[str, str], records: list[dict]) -> None:
+    """Our state is the same under every mlx_lm, the state of its own caches is not."""
+    others = {record["class"] for record in records} - {TurboQuantKVCache.__name__}
+    if others and header["mlx_lm"] != _mlx_lm():
+        raise _UnfitError(
+            f"{_name(file)} holds {', '.join(sorted(others))} of mlx_lm {header['mlx_lm']}, which "
+            f"{_mlx_lm()} does not read; {_ANEW}"
+        )
+
+
+def _mlx_lm() -> str:
+    """The release, without its last number: what the state of mlx_lm's own caches depends on."""
+    return ".".join(version("mlx-lm").split(".")[:2])
+
+
+def _seal(file: Path) -> None:
+    """Put the checksum into its place, and all of the file onto the disk."""
+    place, _, checksum = _checksums(file)
+    with file.open("r+b") as f:
+        f.seek(place)
+        f.write(checksum)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _check_seal(file: Path) -> None:
+    try:
+        _, said, checksum = _checksums(file)
+    except ValueError:
+        raise ValueError(f"{_name(file)} is damaged, or no {_FORMAT}; {_ANEW}") from None
+    if said != checksum:
+        raise ValueError(f"{_name(file)} is damaged: its checksum does not fit; {_ANEW}")
+
+
+def _checksums(file: Path) -> tuple[int, bytes, bytes]:
+    """Where the checksum of a file stands, what it says, and what it should say.
+
+    It is SHA-256 of all bytes, with zeros in its own place. Every version keeps it like this.
+
+    Raises:
+        ValueError: there is no place for it.
+    """
+    with file.open("rb") as f:
+        size = f.read(8)
+        header = f.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+        found = list(_CHECKSUM.finditer(header))
+        if len(found) != 1:
+            raise ValueError("no checksum")
+        start, end = found[0].span(1)
+        digest = hashlib.sha256(size + header[:start] + _BLANK.encode() + header[end:])
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return len(size) + start, found[0][1], digest.hexdigest().encode()
+
+
+def _name(file: Path) -> str:
+    return f"prompt cache {str(file)!r}"
