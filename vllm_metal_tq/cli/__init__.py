@@ -11,9 +11,11 @@ from . import calibrate as calibrate_command
 from . import doctor as doctor_command
 from . import eval as eval_command
 from . import generate as generate_command
+from . import serve as serve_command
 
 _COMMANDS = {
     "generate": generate_command,
+    "serve": serve_command,
     "eval": eval_command,
     "calibrate": calibrate_command,
     "bench": bench_command,

@@ -1,0 +1,219 @@
+"""Serve a model over HTTP, as OpenAI's API, with a compressed KV cache.
+
+Flags have the names and defaults of ``mlx_lm.server`` where both have them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+
+from . import common
+
+METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``serve``."""
+    common.add_model_argument(parser)
+    common.add_scheme_arguments(parser)
+    common.add_layers_argument(parser)
+    common.add_calibration_arguments(parser)
+    _add_limits(parser)
+    _add_model_options(parser)
+    _add_generation_defaults(parser)
+    _add_batching(parser)
+    # What mlx_lm's server reads, and ours does not offer: quantised dense caches and processes
+    # that work together.
+    parser.set_defaults(kv_bits=None, kv_group_size=64, quantized_kv_start=0, pipeline=False)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8080, help="port, or 0 for any that is free")
+    parser.add_argument(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        default="*",
+        help="web origins whose pages may ask, with commas between them",
+    )
+    parser.add_argument(
+        "--kv-budget",
+        type=budget,
+        help="the most that pages may take, such as 2GB, or none (default: with Metal, 80 %% of "
+        "the memory it recommends and the weights leave; else none)",
+    )
+    parser.add_argument(
+        "--max-body-size",
+        type=size,
+        default=32 * 10**6,
+        metavar="SIZE",
+        help="the most bytes of a request's body (default: 32MB)",
+    )
+    parser.add_argument(
+        "--client-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for a client to send its request, and to take each piece of the answer",
+    )
+    parser.add_argument(
+        "--log-level",
+        default="INFO",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        help="what is logged, to standard error",
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter-path", help="trained adapter weights and their config")
+    parser.add_argument("--draft-model", help="a smaller model that drafts (no batching then)")
+    parser.add_argument("--num-draft-tokens", type=int, default=3, help="tokens drafted at a time")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that a tokenizer brings"
+    )
+    parser.add_argument("--chat-template", default="", help="in place of the tokenizer's own")
+    parser.add_argument(
+        "--use-default-chat-template",
+        action="store_true",
+        help="take the tokenizer's default where it has none",
+    )
+    parser.add_argument(
+        "--chat-template-args",
+        type=json.loads,
+        default="{}",
+        help="a JSON object for the chat template, such as '{\"enable_thinking\": false}'",
+    )
+
+
+def _add_generation_defaults(parser: argparse.ArgumentParser) -> None:
+    defaults = "for requests that do not say"
+    parser.add_argument("--temp", type=float, default=0.0, help=f"temperature {defaults}")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, likewise")
+    parser.add_argument("--top-k", type=int, default=0, help="top-k sampling, likewise")
+    parser.add_argument("--min-p", type=float, default=0.0, help="min-p sampling, likewise")
+    parser.add_argument("--max-tokens", type=int, default=512, help=f"tokens to make {defaults}")
+
+
+def _add_batching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decode-concurrency", type=int, default=32, help="requests that decode together"
+    )
+    parser.add_argument(
+        "--prompt-concurrency", type=int, default=8, help="prompts processed together"
+    )
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="prompt tokens processed at a time"
+    )
+    parser.add_argument("--prompt-cache-size", type=int, default=10, help="earlier prompts to keep")
+    parser.add_argument(
+        "--prompt-cache-bytes",
+        type=size,
+        help="drop earlier prompts when pages take more, such as 1GB (default: --kv-budget alone)",
+    )
+
+
+def size(text: str) -> int:
+    """Bytes from a number and a unit of powers of 1000, such as ``2GB`` or ``512M``.
+
+    Raises:
+        ValueError: it is no such text, or not above 0.
+    """
+    upper = text.strip().upper().removesuffix("B")
+    digits = upper.rstrip("KMG")
+    count = int(float(digits) * UNITS[upper[len(digits) :]]) if upper[len(digits) :] in UNITS else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is no size")
+    return count
+
+
+def budget(text: str) -> int | None:
+    """A size; 0 stands for ``none``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return 0 if text == "none" else size(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until interrupted or told to terminate."""
+    _check(args)
+    common.scheme(args)  # a bad name is an error before anything is loaded
+    import mlx.core as mx
+
+    from ..integrations.mlx_lm import server as ours
+
+    if mx.distributed.init().size() > 1:
+        raise ValueError("serve runs in one process, not with mlx.launch")
+    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    provider = ours.Provider(args, _load, lambda *loaded: _pools(args, *loaded))
+    options = ours.ServerOptions(args.max_body_size, args.client_timeout)
+    generator = ours.Generator(provider, ours.Stats())
+    generator.wait_until_loaded()
+    try:
+        _listen(ours.Server(args.host, args.port, generator, options), args.model)
+    finally:
+        generator.stop_and_join()
+
+
+def _listen(server, model: str) -> None:
+    """Answer clients until interrupted or told to terminate."""
+    # A service manager ends us with this signal.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print(f"serving {model} on {server.url}/v1", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        server.generator.stop_and_join()  # first, so that whoever waits is told
+        server.server_close()
+
+
+def _check(args: argparse.Namespace) -> None:
+    names = ("decode_concurrency", "prompt_concurrency", "prefill_step_size", "max_tokens")
+    for name in names:
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1")
+    if not args.client_timeout > 0:
+        raise ValueError(f"--client-timeout {args.client_timeout:g} must be above 0")
+    if not isinstance(args.chat_template_args, dict):
+        raise ValueError("--chat-template-args must be a JSON object")
+
+
+def _load(name: str):
+    """What mlx_lm does not know how to load, or None."""
+    return common.load_model(name) if name == common.DEMO_MODEL else None
+
+
+def _pools(args: argparse.Namespace, model, tokenizer):
+    """The page pools that the arguments ask for."""
+    from ..integrations.mlx_lm import CachePools
+
+    calibration = common.calibration_for(args, model, tokenizer)
+    config = common.scheme(args, calibration)
+    limit = default_budget() if args.kv_budget is None else args.kv_budget
+    return CachePools(model, config, calibration=calibration, max_bytes=limit or None)
+
+
+def default_budget() -> int | None:
+    """The most that pages should take on this machine, or None where nothing says so.
+
+    Raises:
+        ValueError: the weights alone take all the memory that Metal recommends.
+    """
+    import mlx.core as mx
+
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if recommended is None:
+        return None
+    left = int(METAL_SHARE * (recommended - mx.get_active_memory()))
+    if left <= 0:
+        raise ValueError("the weights leave no memory for a KV cache: set --kv-budget to try")
+    return left

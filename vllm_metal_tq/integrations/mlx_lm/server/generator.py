@@ -1,0 +1,212 @@
+"""mlx_lm's generation thread, with requests admitted by the blocks that they need."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from queue import Empty
+from threading import Event
+
+import mlx.core as mx
+from mlx_lm.server import ModelDescription, ResponseGenerator
+
+from . import batch
+from .admission import Admission
+from .errors import APIError, ClientGoneError, as_api_error, invalid
+from .metrics import Stats, kv_state
+from .prompts import PromptCache
+from .provider import Provider
+from .sessions import Replies, Session, Watch
+
+STOPPING = "the server is stopping"
+_DEFAULT = "default_model"  # mlx_lm's name for what the command line gave
+
+
+class Generator(ResponseGenerator):
+    """mlx_lm's response generator over page pools. Requests carry a ``Session``.
+
+    A failure in the middle of a batch ends the requests in it, not the server: mlx_lm's loop is
+    started afresh, with the model and the prompt cache that are there.
+
+    Args:
+        provider: the model and its pools.
+        stats: what is counted for ``/metrics``.
+
+    Attributes:
+        joining: the session that was admitted last.
+        kv_state: what the pools held a moment ago. Other threads read this, because the pools are
+            the generation thread's alone.
+        failure: why the model could not be loaded.
+    """
+
+    def __init__(self, provider: Provider, stats: Stats):
+        batch.install()
+        self.stats = stats
+        self.watch = Watch()
+        self.joining: Session | None = None
+        self.failure: Exception | None = None
+        self.admission: Admission | None = None
+        self.kv_state: dict[str, int] = {}
+        self._loaded = Event()
+        self._live: set[Session] = set()  # that the thread has taken and not yet answered
+        args = provider.cli_args
+        prompts = PromptCache(
+            args.prompt_cache_size, args.prompt_cache_bytes, lambda: provider.pools.used_bytes
+        )
+        super().__init__(provider, prompts)  # starts the thread
+
+    def wait_until_loaded(self) -> None:
+        """Wait for the model.
+
+        Raises:
+            Exception: what loading it raised.
+        """
+        self._loaded.wait()
+        if self.failure is not None:
+            self.stop_and_join()
+            raise self.failure
+
+    def stop_and_join(self) -> None:
+        """End the threads; requests that run are answered with an error. Once is enough."""
+        self.watch.stop()
+        super().stop_and_join()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are answered."""
+        loaded = self._loaded.is_set() and self.failure is None
+        return loaded and self._generation_thread.is_alive() and not self._stop
+
+    def generate(self, request, generation_args, progress_callback=None):
+        """As mlx_lm's, and counted.
+
+        Raises:
+            Exception: there is no answer; ``request.session.error`` says what to tell the client.
+        """
+        session = request.session
+        # Whatever name the client calls it by: others would make mlx_lm end the batch first.
+        generation_args.model = ModelDescription(_DEFAULT, _DEFAULT, None)
+        try:
+            if not self.healthy:
+                raise _stopping()
+            context, responses = super().generate(request, generation_args, progress_callback)
+        except Exception as error:
+            session.error = as_api_error(error)
+            raise
+        return context, self._counted(session, context, responses)
+
+    def _counted(self, session: Session, context, responses):
+        first = True
+        for response in responses:
+            if first:
+                cached = max(context.prompt_cache_count, 0)
+                self.stats.prompt(len(context.prompt), cached, session.started)
+                first = False
+            self.stats.token()
+            yield response
+
+    def _generate(self) -> None:
+        try:
+            self._serve()
+        finally:
+            # Streams that outlive their thread make MLX abort when the interpreter ends.
+            if clear := getattr(mx, "clear_streams", None):
+                clear()
+
+    def _serve(self) -> None:
+        batch.serving.set(self)
+        try:
+            self.model_provider.load_default()
+            self.admission = Admission(self.model_provider.pools, self.prompt_cache.evict)
+            self.publish()
+        except Exception as error:
+            self.failure = error
+            return
+        finally:
+            self._loaded.set()
+        while not self._stop:
+            try:
+                super()._generate()
+            except Exception as error:
+                # The text of the traceback and not the traceback, which holds pages.
+                logging.error("the batch failed: %s", traceback.format_exc())
+                self._end_live(as_api_error(error).message, "internal_error", 500)
+        self._end_live()
+        with contextlib.suppress(Empty):
+            while True:
+                replies, _, _ = self.requests.get_nowait()
+                replies.put(_stopping())
+
+    def _end_live(self, message: str = STOPPING, code: str = "unavailable", status: int = 503):
+        """Answer all requests that were taken with an error, each with its own."""
+        for session in tuple(self._live):
+            session.replies.put(APIError(status, message, code))
+
+    def publish(self) -> None:
+        """Renew ``kv_state``; called by the generation thread whenever it may have changed."""
+        pools, kept = self.model_provider.pools, len(self.prompt_cache)
+        self.kv_state = kv_state(pools, self.admission, kept)
+
+    def _next_request(self, timeout=None):
+        self.publish()
+        taken = super()._next_request(timeout)
+        if taken is None:
+            return None
+        queue, request, args = taken
+        session = request.session
+        session.replies = Replies(queue, session, self._ended)
+        self._live.add(session)
+        return session.replies, request, args
+
+    def _ended(self, session: Session) -> None:
+        self._live.discard(session)
+        if session.reservation is not None:
+            self.admission.release(session.reservation)
+
+    def _tokenize(self, tokenizer, request, args):
+        """As mlx_lm's; whoever gets past this joins right afterwards."""
+        session = request.session
+        if session.gone:
+            raise ClientGoneError
+        try:
+            tokenized = super()._tokenize(tokenizer, request, args)
+        except Exception as error:
+            raise invalid(f"the prompt cannot be tokenized: {error}") from None
+        prompt, segments = tokenized[:2]
+        if not isinstance(prompt, list) or not prompt:
+            raise invalid("the prompt is empty")
+        self._admit(session, args, prompt, len(segments))
+        return tokenized
+
+    def _admit(self, session: Session, args, prompt: list[int], segments: int) -> None:
+        # A request appends to a block that it shares with the prompt cache after it has forked
+        # from there, and after every segment of its prompt, whose end is kept there.
+        copies = 1 + segments
+        ahead = self._drafted(args)
+        capacity = self.admission.capacity(copies)
+        if capacity is not None and not session.explicit:
+            # Who leaves the length to us gets what fits, as with OpenAI's own servers.
+            args.max_tokens = max(min(args.max_tokens, capacity - ahead - len(prompt)), 1)
+        cached = self.prompt_cache.hold(self.model_provider.model_key, prompt)
+        try:
+            session.reservation = self.admission.reserve(
+                len(prompt) + args.max_tokens + ahead, cached, copies
+            )
+        except APIError:
+            self.prompt_cache.let_go()
+            raise
+        self.joining = session
+
+    def _drafted(self, args) -> int:
+        """Tokens beyond the last that speculation stores for a while."""
+        return 0 if self.model_provider.draft_model is None else args.num_draft_tokens + 1
+
+    def _serve_single(self, taken, *rest):
+        replies, request, args = taken
+        super()._serve_single((replies.interruptible(), request, args), *rest)
+        self.prompt_cache.let_go()
+
+
+def _stopping() -> APIError:
+    return APIError(503, STOPPING, "unavailable")

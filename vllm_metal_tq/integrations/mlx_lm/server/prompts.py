@@ -1,0 +1,85 @@
+"""mlx_lm's cache of earlier prompts, on pages that its entries share with running requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+
+
+class PromptCache(LRUPromptCache):
+    """mlx_lm's LRU prompt cache, with the bytes of shared pages counted once.
+
+    Args:
+        max_size: entries to keep.
+        max_bytes: bytes that pages in use may take before entries are dropped, running requests'
+            included; None: no such limit.
+        used_bytes: says how many they take.
+    """
+
+    def __init__(self, max_size: int, max_bytes: int | None, used_bytes: Callable[[], int]):
+        super().__init__(max_size)
+        self._limit = max_bytes
+        self._used_bytes = used_bytes
+        self._held = None
+
+    def hold(self, model, tokens: list[int]) -> int:
+        """Fetch for the ``fetch_nearest_cache`` to come, so that eviction cannot take it away.
+
+        Returns:
+            How many of ``tokens`` are cached.
+        """
+        self._held = None
+        cache, rest = self.fetch_nearest_cache(model, tokens)
+        self._held = (model, tokens, (cache, rest))
+        return len(tokens) - len(rest)
+
+    def let_go(self) -> None:
+        """Give up what ``hold`` fetched."""
+        self._held = None
+
+    def fetch_nearest_cache(self, model, tokens: list[int]) -> tuple[list | None, list[int]]:
+        """A fork of the entry that shares most of ``tokens``, and the tokens that it lacks.
+
+        At least one token is left over: mlx_lm's generation needs one to begin with, and its
+        server's thread ends where there is none.
+        """
+        held, self._held = self._held, None
+        if held is not None and held[:2] == (model, tokens):
+            return held[2]
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is not None and not rest:
+            if not can_trim_prompt_cache(cache):
+                return None, tokens
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
+        return (None, tokens) if len(rest) == len(tokens) else (cache, rest)
+
+    def insert_cache(self, model, tokens, prompt_cache: list, *, cache_type="assistant") -> None:
+        """Take over ``prompt_cache``, which is left empty.
+
+        mlx_lm's generation thread keeps the list in its variables until the next request: its
+        blocks would outlive their entry.
+        """
+        taken = list(prompt_cache)
+        prompt_cache.clear()
+        super().insert_cache(model, tokens, taken, cache_type=cache_type)
+
+    def evict(self) -> bool:
+        """Drop the oldest entry; returns whether there was one."""
+        count = len(self)
+        if count:
+            super().trim_to(n_sequences=count - 1)
+        return count > 0
+
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """Drop entries until the limits hold.
+
+        mlx_lm subtracts from ``n_bytes`` what running requests hold, and adds up entries, as if
+        nothing were shared: with pages it is enough to look at what is in use.
+        """
+        if n_sequences is not None:
+            super().trim_to(n_sequences=n_sequences)
+        if n_bytes is not None and self._limit is not None:
+            while self._used_bytes() > self._limit and self.evict():
+                pass

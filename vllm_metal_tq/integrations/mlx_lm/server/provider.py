@@ -1,0 +1,58 @@
+"""The one model that a server serves, with its page pools."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+
+from mlx_lm.server import ModelProvider
+
+
+class Provider(ModelProvider):
+    """mlx_lm's model provider for one model, which requests cannot change.
+
+    mlx_lm loads, and even downloads, whatever model a request names. Here all pages belong to one
+    model, and a client has no say in what a server loads.
+
+    Args:
+        args: mlx_lm's options.
+        load: loads ``(model, tokenizer)`` by name, or returns None to leave it to mlx_lm.
+        make_pools: makes the ``CachePools`` of a model and tokenizer.
+
+    Attributes:
+        pools: the page pools, None until the model is loaded.
+    """
+
+    def __init__(self, args: Namespace, load: Callable, make_pools: Callable):
+        super().__init__(args)
+        self._own_load = load
+        self._make_pools = make_pools
+        self.pools = None
+
+    def load(self, model_path=None, adapter_path=None, draft_model_path=None):
+        """Load the server's model at first use, whatever is named."""
+        if self.model_key is None:
+            args = self.cli_args
+            self._load(args.model, args.adapter_path, args.draft_model)
+        return self.model, self.tokenizer
+
+    def _load(self, model_path, adapter_path=None, draft_model_path=None):
+        loaded = self._own_load(model_path)
+        if loaded is None:
+            super()._load(model_path, adapter_path, draft_model_path)
+        else:
+            self.model, self.tokenizer = loaded
+            self.processor = self.draft_model = None
+            self.model_key = (model_path, None, None)
+        self.pools = self._make_pools(self.model, self.tokenizer)
+        self.pools.attach()
+        caches = self.pools.make_prompt_cache()
+        self.is_batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many logits the model has, where it says so."""
+        args = getattr(self.model, "args", None)
+        text = getattr(args, "text_config", None)  # where models that see keep it
+        text = text if isinstance(text, dict) else vars(text) if text else {}
+        return getattr(args, "vocab_size", None) or text.get("vocab_size")

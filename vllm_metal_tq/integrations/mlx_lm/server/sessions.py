@@ -1,0 +1,154 @@
+"""A request on its way from a client to the generation thread and back."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Iterator
+from queue import Queue
+from threading import Event, Lock, Thread
+
+from mlx_lm.server import GenerationContext
+
+from .admission import Reservation
+from .errors import APIError, ClientGoneError
+
+POLL_SECONDS = 0.2  # how soon it is noticed that a client has gone
+
+
+class Session:
+    """One request and what becomes of it.
+
+    Args:
+        connection: the client's socket.
+        explicit: whether the client itself said how many tokens it wants at most.
+
+    Attributes:
+        gone: whether the client has closed its connection.
+        context: mlx_lm's, once the request was admitted.
+        replies: what the generation thread answers with, once it has taken the request.
+        reservation: what admission promised, until it is given back.
+        error: why there is no answer.
+    """
+
+    def __init__(self, connection: socket.socket, explicit: bool):
+        self.connection = connection
+        self.explicit = explicit
+        self.started = time.monotonic()
+        self.gone = False
+        self.context = None
+        self.replies: Replies | None = None
+        self.reservation: Reservation | None = None
+        self.error: APIError | None = None
+
+    def cancel(self) -> None:
+        """The client has gone: end its generation at the next step."""
+        self.gone = True
+        if self.context is not None:
+            self.context.stop()
+
+    def admitted(self, context) -> None:
+        """mlx_lm's context has been made."""
+        self.context = context
+        if self.gone:  # meanwhile
+            context.stop()
+
+
+class Replies:
+    """The queue on which mlx_lm's generation thread answers a request.
+
+    It keeps the books on the way: how much of its promise a request has taken, and when it ends.
+
+    Args:
+        queue: where the client's thread waits.
+        session: the request.
+        ended: called with the session when nothing more will be put.
+        interruptible: whether to raise in the middle of a prompt when the client has gone, which
+            mlx_lm does not look for where it serves one request alone.
+    """
+
+    def __init__(self, queue: Queue, session: Session, ended, interruptible: bool = False):
+        self._queue = queue
+        self._session = session
+        self._ended = ended
+        self._interruptible = interruptible
+
+    def interruptible(self) -> Replies:
+        """The same, for a request that is served alone."""
+        return Replies(self._queue, self._session, self._ended, True)
+
+    def put(self, item) -> None:
+        """Pass on what mlx_lm answers.
+
+        That is its context, then tuples (prompt tokens processed, of how many), then a response
+        for each token, and at last None or, at any time, an exception.
+
+        Raises:
+            ClientGoneError: see ``interruptible``.
+        """
+        session = self._session
+        if item is None:
+            self._ended(session)
+        elif isinstance(item, BaseException):
+            # Its traceback holds the frames of the generation thread, and they hold pages.
+            item.__traceback__ = item.__context__ = None
+            self._ended(session)
+        elif isinstance(item, tuple):
+            if session.reservation is not None:
+                session.reservation.tokens = session.reservation.cached + item[0]
+            if self._interruptible and session.gone:
+                raise ClientGoneError
+        elif isinstance(item, GenerationContext):
+            session.admitted(item)
+        elif session.reservation is not None:
+            session.reservation.tokens += 1
+        self._queue.put(item)
+
+
+class Watch:
+    """Looks whether clients still hold their connections, in a thread of its own.
+
+    A stream notices by itself, when it writes; an answer in one piece would not before its end.
+    """
+
+    def __init__(self):
+        self._lock = Lock()
+        self._sessions: set[Session] = set()
+        self._stopped = Event()
+        self._thread = Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def over(self, session: Session) -> Iterator[None]:
+        """Watch a session's connection for as long as the block runs."""
+        with self._lock:
+            self._sessions.add(session)
+        try:
+            yield
+        finally:
+            with self._lock:  # so that the socket is not closed while it is looked at
+                self._sessions.discard(session)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(POLL_SECONDS):
+            with self._lock:
+                for session in self._sessions:
+                    if not session.gone and _closed(session.connection):
+                        session.cancel()
+
+
+def _closed(connection: socket.socket) -> bool:
+    """Whether the other end has closed, without waiting and without reading anything."""
+    try:
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        return bool(poll.poll(0)) and not connection.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
