@@ -5,7 +5,7 @@ import pytest
 
 from vllm_metal_tq import make_prompt_cache, save_prompt_cache
 from vllm_metal_tq.cli import generate as command
-from vllm_metal_tq.cli import main
+from vllm_metal_tq.cli import main, prompts
 
 TAIL = 32 * 2 * 64 * 4  # bytes of a KV head's last tokens in float32
 
@@ -19,6 +19,7 @@ FIELDS = {
     "layers",
     "prompt_tokens",
     "tokens",
+    "tokens_drafted",
     "kv_bytes",
     "kv_bytes_bf16",
     "ratio",
@@ -89,7 +90,8 @@ def test_a_continued_prompt_is_not_introduced_again(demo):
 
     def fed(*flags):
         args = parser.parse_args(["--model", "demo", "-p", "And\\tSpain?", *flags])
-        return tokenizer.decode(command._tokens(args, tokenizer))
+        begins = not args.prompt_cache_file
+        return tokenizer.decode(prompts.tokens(args, tokenizer, begins=begins))
 
     end = "And\tSpain?<|im_end|>\n<|im_start|>assistant\n"
     assert fed("--prompt-cache-file", "x") == end
@@ -123,6 +125,17 @@ def test_max_kv_size_bounds_the_cache(capsys):
         (["--prompt-cache-file", "nowhere"], "'nowhere': no such file"),
         (["--prompt-cache-file", "x", "--preset", "tq4"], "--preset cannot be given with"),
         (["--prompt-cache-file", "x", "--calibration", "y"], "--calibration cannot be given with"),
+        (["--prompt-cache-file", "x", "--draft-model", "y"], "--draft-model cannot be given with"),
+        (["--draft-model", "x", "--prompt-lookup", "3"], "--prompt-lookup cannot be given with"),
+        (["--draft-model", "x", "--max-kv-size", "64"], "--max-kv-size cannot be given with"),
+        (["--prompt-lookup", "3", "--max-kv-size", "64"], "--max-kv-size cannot be given with"),
+        (["--prompt-lookup", "0"], "--prompt-lookup 0 must be at least 1"),
+        (["--prompt-lookup", "8"], "--prompt-lookup 8 is too many: at most 7"),
+        (["--num-draft-tokens", "0"], "--num-draft-tokens 0 must be at least 1"),
+        (
+            ["--draft-model", "demo", "--num-draft-tokens", "9"],
+            "--num-draft-tokens 9 is too many: at most 7",
+        ),
         (["--no-calibrate", "--calibration", "x"], "cannot be given with --no-calibrate"),
         (["--calibration", "nowhere"], "'nowhere': no such file"),
     ],

@@ -7,6 +7,7 @@ import sys
 
 from .. import __version__, openblas
 from . import bench as bench_command
+from . import cache_prompt as cache_prompt_command
 from . import calibrate as calibrate_command
 from . import doctor as doctor_command
 from . import eval as eval_command
@@ -15,6 +16,7 @@ from . import serve as serve_command
 
 _COMMANDS = {
     "generate": generate_command,
+    "cache-prompt": cache_prompt_command,
     "serve": serve_command,
     "eval": eval_command,
     "calibrate": calibrate_command,

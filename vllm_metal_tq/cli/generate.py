@@ -6,24 +6,13 @@ Flags have the names and defaults of ``mlx_lm.generate`` where both have them.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from . import common
-
-DEFAULT_PREFILL_STEP_SIZE = 2048
+from . import common, prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``generate``."""
-    common.add_model_argument(parser)
-    common.add_scheme_arguments(parser)
-    common.add_layers_argument(parser)
-    common.add_calibration_arguments(parser)
-    parser.add_argument("--prompt", "-p", default="hello", help="the message, '-' for stdin")
-    parser.add_argument("--system-prompt", help="system message of the chat template")
-    parser.add_argument(
-        "--ignore-chat-template", action="store_true", help="pass the prompt on as it is"
-    )
+    prompts.add_arguments(parser, prompt="hello")
     parser.add_argument("--max-tokens", "-m", type=int, default=100, help="tokens to generate")
     parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
@@ -31,19 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="top-k sampling")
     parser.add_argument("--seed", type=int, help="seed of the sampler")
     parser.add_argument(
-        "--max-kv-size",
-        type=int,
-        help="tokens the cache keeps; beyond it the oldest blocks but the first are dropped",
-    )
-    parser.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=DEFAULT_PREFILL_STEP_SIZE,
-        help="prompt tokens processed at a time",
-    )
-    parser.add_argument(
         "--prompt-cache-file",
-        help="a cache saved by save_prompt_cache; the prompt continues it, in its widths",
+        help="a cache saved by cache-prompt; the prompt continues it, in its widths",
+    )
+    parser.add_argument(
+        "--draft-model",
+        help="a smaller model with the same vocabulary, which drafts tokens for this one to verify",
+    )
+    parser.add_argument(
+        "--num-draft-tokens", type=int, default=3, help="tokens that it drafts at a time"
+    )
+    parser.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="N",
+        help="draft up to N tokens at a time without another model: those that followed the last "
+        "words before",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and no text")
 
@@ -51,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate, stream the text, and say what the cache held."""
     _check(args)
-    config = common.scheme(args)
     import mlx.core as mx
 
     from ..integrations import mlx_lm as ours
@@ -59,16 +50,11 @@ def run(args: argparse.Namespace) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
     model, tokenizer = common.load_model(args.model)
-    if args.prompt_cache_file:
-        cache = ours.load_prompt_cache(args.prompt_cache_file, model)
-        config = next((c.config for c in cache if isinstance(c, ours.TurboQuantKVCache)), config)
-    else:
-        calibration = common.calibration_for(args, model, tokenizer)
-        config = common.scheme(args, calibration)
-        cache = ours.make_prompt_cache(model, config, args.max_kv_size, calibration)
-    prompt = _tokens(args, tokenizer)
-    text, last = _stream(args, model, tokenizer, prompt, cache)
-    held = ours.report(cache)
+    config, cache = _cache(args, model, tokenizer)
+    draft_model, draft_cache = _drafter(args, model, tokenizer, cache)
+    prompt = prompts.tokens(args, tokenizer, begins=not args.prompt_cache_file)
+    text, last, drafted = _stream(args, model, tokenizer, prompt, cache + draft_cache, draft_model)
+    held = ours.report(cache + draft_cache)
     if args.json:
         common.print_json(
             {"text": text, "model": args.model}
@@ -78,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
                 "layers": held.layers,
                 "prompt_tokens": last.prompt_tokens,
                 "tokens": last.generation_tokens,
+                "tokens_drafted": drafted,
                 "kv_bytes": held.kv_bytes,
                 "kv_bytes_bf16": held.kv_bytes_bf16,
                 "ratio": held.ratio,
@@ -88,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         )
         return
     print("\n")
+    drafts = {"drafted": f"{drafted} of {last.generation_tokens} tokens"}
     common.print_table(
         {
             "scheme": config.label,
@@ -97,72 +85,99 @@ def run(args: argparse.Namespace) -> None:
             "ratio": f"{held.ratio:.2f}x",
             "prefill tok/s": f"{last.prompt_tps:.1f}",
             "decode tok/s": f"{last.generation_tps:.1f}",
-            "peak memory": common.size(mx.get_peak_memory()),
         }
+        | (drafts if args.draft_model or args.prompt_lookup else {})
+        | {"peak memory": common.size(mx.get_peak_memory())}
     )
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("max_tokens", "prefill_step_size", "max_kv_size"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {number} must be at least 1")
-    if args.system_prompt is not None and args.ignore_chat_template:
-        raise ValueError("--system-prompt cannot be given with --ignore-chat-template")
-    if args.prompt_cache_file:
-        for name in ("preset", "k_quant", "v_quant", "layers", "max_kv_size", "calibration"):
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} cannot be given with --prompt-cache-file, "
-                    "whose cache has its own"
-                )
+    prompts.check(args, "max_tokens", "num_draft_tokens", "prompt_lookup")
+    own = ("preset", "k_quant", "v_quant", "layers", "max_kv_size", "calibration")
+    with_file = "--prompt-cache-file, whose cache has its own"
+    conflicts = {
+        "prompt_cache_file": dict.fromkeys(own, with_file)
+        | {"draft_model": "--prompt-cache-file, which holds no draft model's cache"},
+        "draft_model": {"prompt_lookup": "--draft-model"}
+        | {"max_kv_size": "--draft-model: what is dropped leaves nothing to go back to"},
+        "prompt_lookup": {
+            "max_kv_size": "--prompt-lookup: what is dropped leaves nothing to go back to"
+        },
+    }
+    for name, unfit in conflicts.items():
+        for other, reason in unfit.items() if getattr(args, name) else ():
+            if getattr(args, other) is not None:
+                raise ValueError(f"{prompts.flag(other)} cannot be given with {reason}")
 
 
-def _tokens(args: argparse.Namespace, tokenizer) -> list[int]:
-    """The prompt as token ids, under the chat template where there is one.
+def _cache(args: argparse.Namespace, model, tokenizer):
+    """The config of the cache to generate with, and the cache."""
+    from ..integrations import mlx_lm as ours
 
-    With a cache to continue, what the template puts before the prompt is left out, as mlx_lm does:
-    the cache holds it.
-    """
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt)
-
-    def templated(content: str) -> str:
-        messages = [{"role": "user", "content": content}]
-        if args.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": args.system_prompt})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    start = templated("<query>").index("<query>") if args.prompt_cache_file else 0
-    return tokenizer.encode(templated(prompt)[start:], add_special_tokens=False)
+    if not args.prompt_cache_file:
+        return prompts.empty_cache(args, model, tokenizer)
+    cache = ours.load_prompt_cache(args.prompt_cache_file, model)
+    widths = (c.layout.config for c in cache if isinstance(c, ours.TurboQuantKVCache))
+    return next(widths, common.scheme(args)), cache
 
 
-def _stream(args: argparse.Namespace, model, tokenizer, prompt: list[int], cache: list):
-    """Generate; returns the text and mlx_lm's last response."""
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
+def _drafter(args: argparse.Namespace, model, tokenizer, cache: list):
+    """The draft model, if any, and its cache: compressed like the model's, layers aside."""
+    if not args.draft_model and not args.prompt_lookup:
+        return None, []
+    from ..integrations.mlx_lm import lookup
 
-    text = ""
-    with common.progress_bar("prompt") as advance:
-        responses = stream_generate(
-            model,
-            tokenizer,
-            prompt,
-            max_tokens=args.max_tokens,
-            sampler=make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
-            prompt_cache=cache,
-            prefill_step_size=args.prefill_step_size,
-            prompt_progress_callback=advance,
+    name, number = "prompt_lookup", args.prompt_lookup
+    draft_model, draft_cache = None, []
+    if args.draft_model:
+        name, number = "num_draft_tokens", args.num_draft_tokens
+        draft_model, its = common.load_model(args.draft_model)
+        if its.vocab_size != tokenizer.vocab_size or len(cache) != len(model.layers):
+            raise ValueError(
+                f"--draft-model {args.draft_model!r} cannot draft for {args.model!r}: vocabularies "
+                f"of {its.vocab_size} and {tokenizer.vocab_size} tokens, "
+                f"{len(cache)} caches for {len(model.layers)} layers"
+            )
+        others = {"model": args.draft_model, "calibration": None, "layers": None}
+        _, draft_cache = prompts.empty_cache(
+            argparse.Namespace(**vars(args) | others), draft_model, its
         )
+    if number > lookup.MAX_DRAFT:
+        raise ValueError(f"{prompts.flag(name)} {number} is too many: at most {lookup.MAX_DRAFT}")
+    lookup.check_trimmable(cache + draft_cache)
+    return draft_model, draft_cache
+
+
+def _stream(args: argparse.Namespace, model, tokenizer, prompt: list[int], cache, draft_model):
+    """Generate; returns the text, mlx_lm's last response, and how many tokens were drafted."""
+    text, drafted = "", 0
+    with common.progress_bar("prompt") as advance:
+        responses = _responses(args, model, tokenizer, prompt, cache, draft_model, advance)
         response = next(responses)
     while True:
-        text += response.text
+        text, drafted = text + response.text, drafted + response.from_draft
         if not args.json:
             print(response.text, end="", flush=True)
         if response.finish_reason is not None:
-            return text, response
+            return text, response, drafted
         response = next(responses)
+
+
+def _responses(args: argparse.Namespace, model, tokenizer, prompt, cache, draft_model, advance):
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    options = {
+        "max_tokens": args.max_tokens,
+        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+        "prompt_cache": cache,
+        "prefill_step_size": args.prefill_step_size,
+        "prompt_progress_callback": advance,
+    }
+    if args.prompt_lookup:
+        from ..integrations.mlx_lm import lookup
+
+        options["num_draft_tokens"] = args.prompt_lookup
+        return lookup.stream_lookup(model, tokenizer, prompt, **options)
+    options |= {"draft_model": draft_model, "num_draft_tokens": args.num_draft_tokens}
+    return stream_generate(model, tokenizer, prompt, **options)
