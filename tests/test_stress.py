@@ -31,7 +31,7 @@ def test_huge_key_biases_do_no_harm_with_centring_and_ruin_plain_rotation():
     text, other = tokens(401)[0].tolist(), tokens(600, seed=3)[0].tolist()
     plain = Calibration((None,) * 3, "")
     unbiased, unbiased_plain = kl(model, text, calibrate(model, other)), kl(model, text, plain)
-    assert unbiased_plain < 1.2 * unbiased  # there is no mean in random weights
+    assert unbiased_plain < 1.5 * unbiased  # there is no mean in random weights
     bias = mx.zeros((2, 64))
     bias[:, 29:32] = 100 * 4.6 / 3**0.5  # keys are about 4.6 long
     for layer in model.layers:
