@@ -71,7 +71,7 @@ def server(*flags, model=None, words=None, blocks=None, limits=None):
     generator = Generator(provider, Stats())
     generator.wait_until_loaded()
     served = Server("127.0.0.1", 0, generator, limits or ServerOptions())
-    thread = threading.Thread(target=served.serve_forever)
+    thread = threading.Thread(target=served.serve_forever, args=[0.02])
     thread.start()
     try:
         yield served

@@ -11,8 +11,6 @@ from contextvars import ContextVar
 import mlx_lm.server as host
 from mlx_lm.generate import BatchGenerator
 
-from .errors import ClientGoneError
-
 serving: ContextVar = ContextVar("serving")
 """The ``Generator`` whose thread this is."""
 
@@ -45,7 +43,7 @@ class Batch(BatchGenerator):
         removed = super().remove(uids, *args, **options)
         for uid in uids:
             if session := self._sessions.pop(uid, None):
-                session.replies.put(ClientGoneError())
+                session.replies.put(session.why_stopped())
         return removed
 
 

@@ -64,6 +64,11 @@ def invalid(message: str, param: str | None = None) -> APIError:
     return APIError(400, message, "invalid_value", param)
 
 
+def stopping() -> APIError:
+    """The server ends before the answer does."""
+    return APIError(503, "the server is stopping", "unavailable")
+
+
 def as_api_error(error: BaseException) -> APIError:
     """``error`` if it is one for clients, or else one that says that the server failed."""
     if isinstance(error, APIError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
+from collections.abc import Callable
 from queue import Empty
 from threading import Event
 
@@ -13,13 +14,12 @@ from mlx_lm.server import ModelDescription, ResponseGenerator
 
 from . import batch
 from .admission import Admission
-from .errors import APIError, ClientGoneError, as_api_error, invalid
+from .errors import APIError, ClientGoneError, as_api_error, invalid, stopping
 from .metrics import Stats, kv_state
 from .prompts import PromptCache
 from .provider import Provider
 from .sessions import Replies, Session, Watch
 
-STOPPING = "the server is stopping"
 _DEFAULT = "default_model"  # mlx_lm's name for what the command line gave
 
 
@@ -70,6 +70,9 @@ class Generator(ResponseGenerator):
     def stop_and_join(self) -> None:
         """End the threads; requests that run are answered with an error. Once is enough."""
         self.watch.stop()
+        self._stop = True
+        for session in tuple(self._live):
+            session.stop()
         super().stop_and_join()
 
     @property
@@ -89,7 +92,7 @@ class Generator(ResponseGenerator):
         generation_args.model = ModelDescription(_DEFAULT, _DEFAULT, None)
         try:
             if not self.healthy:
-                raise _stopping()
+                raise stopping()
             context, responses = super().generate(request, generation_args, progress_callback)
         except Exception as error:
             session.error = as_api_error(error)
@@ -131,17 +134,18 @@ class Generator(ResponseGenerator):
             except Exception as error:
                 # The text of the traceback and not the traceback, which holds pages.
                 logging.error("the batch failed: %s", traceback.format_exc())
-                self._end_live(as_api_error(error).message, "internal_error", 500)
-        self._end_live()
+                message = as_api_error(error).message
+                self._end_live(lambda m=message: APIError(500, m, "internal_error"))
+        self._end_live(stopping)
         with contextlib.suppress(Empty):
             while True:
                 replies, _, _ = self.requests.get_nowait()
-                replies.put(_stopping())
+                replies.put(stopping())
 
-    def _end_live(self, message: str = STOPPING, code: str = "unavailable", status: int = 503):
+    def _end_live(self, make_error: Callable[[], APIError]) -> None:
         """Answer all requests that were taken with an error, each with its own."""
         for session in tuple(self._live):
-            session.replies.put(APIError(status, message, code))
+            session.replies.put(make_error())
 
     def publish(self) -> None:
         """Renew ``kv_state``; called by the generation thread whenever it may have changed."""
@@ -203,10 +207,7 @@ class Generator(ResponseGenerator):
         return 0 if self.model_provider.draft_model is None else args.num_draft_tokens + 1
 
     def _serve_single(self, taken, *rest):
-        replies, request, args = taken
-        super()._serve_single((replies.interruptible(), request, args), *rest)
+        _, request, args = taken
+        replies = request.session.replies.alone(self.publish)
+        super()._serve_single((replies, request, args), *rest)
         self.prompt_cache.let_go()
-
-
-def _stopping() -> APIError:
-    return APIError(503, STOPPING, "unavailable")

@@ -6,14 +6,14 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Queue
 from threading import Event, Lock, Thread
 
 from mlx_lm.server import GenerationContext
 
 from .admission import Reservation
-from .errors import APIError, ClientGoneError
+from .errors import APIError, ClientGoneError, stopping
 
 POLL_SECONDS = 0.2  # how soon it is noticed that a client has gone
 
@@ -27,6 +27,7 @@ class Session:
 
     Attributes:
         gone: whether the client has closed its connection.
+        stopped: whether its generation is to end early, by the client's doing or the server's.
         context: mlx_lm's, once the request was admitted.
         replies: what the generation thread answers with, once it has taken the request.
         reservation: what admission promised, until it is given back.
@@ -37,7 +38,7 @@ class Session:
         self.connection = connection
         self.explicit = explicit
         self.started = time.monotonic()
-        self.gone = False
+        self.gone = self.stopped = False
         self.context = None
         self.replies: Replies | None = None
         self.reservation: Reservation | None = None
@@ -46,13 +47,22 @@ class Session:
     def cancel(self) -> None:
         """The client has gone: end its generation at the next step."""
         self.gone = True
+        self.stop()
+
+    def stop(self) -> None:
+        """End its generation at the next step."""
+        self.stopped = True
         if self.context is not None:
             self.context.stop()
+
+    def why_stopped(self) -> Exception:
+        """What to tell who waits for an answer that has been stopped."""
+        return ClientGoneError() if self.gone else stopping()
 
     def admitted(self, context) -> None:
         """mlx_lm's context has been made."""
         self.context = context
-        if self.gone:  # meanwhile
+        if self.stopped:  # meanwhile
             context.stop()
 
 
@@ -65,28 +75,22 @@ class Replies:
         queue: where the client's thread waits.
         session: the request.
         ended: called with the session when nothing more will be put.
-        interruptible: whether to raise in the middle of a prompt when the client has gone, which
-            mlx_lm does not look for where it serves one request alone.
     """
 
-    def __init__(self, queue: Queue, session: Session, ended, interruptible: bool = False):
+    def __init__(self, queue: Queue, session: Session, ended: Callable[[Session], None]):
         self._queue = queue
         self._session = session
         self._ended = ended
-        self._interruptible = interruptible
 
-    def interruptible(self) -> Replies:
-        """The same, for a request that is served alone."""
-        return Replies(self._queue, self._session, self._ended, True)
+    def alone(self, published: Callable[[], None]) -> LoneReplies:
+        """The same for a request that is served alone."""
+        return LoneReplies(self._queue, self._session, self._ended, published=published)
 
     def put(self, item) -> None:
         """Pass on what mlx_lm answers.
 
         That is its context, then tuples (prompt tokens processed, of how many), then a response
         for each token, and at last None or, at any time, an exception.
-
-        Raises:
-            ClientGoneError: see ``interruptible``.
         """
         session = self._session
         if item is None:
@@ -98,13 +102,39 @@ class Replies:
         elif isinstance(item, tuple):
             if session.reservation is not None:
                 session.reservation.tokens = session.reservation.cached + item[0]
-            if self._interruptible and session.gone:
-                raise ClientGoneError
         elif isinstance(item, GenerationContext):
             session.admitted(item)
         elif session.reservation is not None:
             session.reservation.tokens += 1
         self._queue.put(item)
+
+
+class LoneReplies(Replies):
+    """The same for a request that mlx_lm serves alone, without a batch.
+
+    Args:
+        published: called after everything that is put.
+        options: as for ``Replies``.
+    """
+
+    def __init__(self, *options, published: Callable[[], None]):
+        super().__init__(*options)
+        self._published = published
+
+    def put(self, item) -> None:
+        """Pass on what mlx_lm answers.
+
+        Raises:
+            Exception: in the middle of a prompt, to end it: mlx_lm does not look there whether
+                it should.
+        """
+        session = self._session
+        if session.stopped and (item is None or isinstance(item, tuple)):
+            if item is not None:
+                raise session.why_stopped()
+            item = session.why_stopped()  # and not the end of a whole answer
+        super().put(item)
+        self._published()
 
 
 class Watch:

@@ -1,0 +1,625 @@
+import gc
+import json
+import re
+import socket
+import threading
+import time
+
+import models
+import openai
+import pytest
+import serving
+from prometheus_client.parser import text_string_to_metric_families
+from serving import client, get, health, post, server, wait_for
+
+from vllm_metal_tq.integrations.mlx_lm import CachePools
+from vllm_metal_tq.integrations.mlx_lm.server import ServerOptions, errors, sessions
+from vllm_metal_tq.integrations.mlx_lm.server.admission import Admission
+
+BLOCK = 16
+LONG = {str(serving.END): -100}  # a logit bias: the text does not end before max_tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.llama()
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with server("--max-tokens", "20", model=model) as running:
+        yield running
+
+
+def text_of(served, prompt, tokens=8, **fields):
+    answer = client(served).completions.create(
+        model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, logit_bias=LONG, **fields
+    )
+    return answer.choices[0].text
+
+
+def metrics(served):
+    """What ``/metrics`` says, by name; ``requests`` by outcome."""
+    status, text = get(served, "/metrics")
+    assert status == 200
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    found = {s.name.removeprefix("turboquant_"): s.value for s in samples if not s.labels}
+    found["requests"] = {s.labels["outcome"]: s.value for s in samples if s.labels}
+    return found
+
+
+def error_of(text):
+    error = json.loads(text)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    return error
+
+
+def raw(served, data):
+    """A connection on which ``data`` has been sent."""
+    connection = socket.create_connection(served.server_address, timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def request_bytes(body, path="/v1/completions"):
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+def read_all(connection):
+    parts = iter(lambda: connection.recv(65536), b"")
+    return b"".join(parts)
+
+
+# The official client
+
+
+def test_openai_completions_come_whole_and_as_a_stream(served):
+    ask = client(served).completions.create
+    fields = {"model": "tiny", "prompt": "once upon a time", "max_tokens": 12, "logit_bias": LONG}
+    whole = ask(**fields, temperature=0)
+    parts = list(ask(**fields, temperature=0, stream=True))
+    assert len(whole.choices[0].text) == whole.usage.completion_tokens == 12
+    assert whole.usage.prompt_tokens == len("once upon a time")
+    assert len(parts) > 12
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert whole.choices[0].finish_reason == parts[-1].choices[0].finish_reason == "length"
+
+
+def test_openai_chat_comes_whole_and_as_a_stream(served):
+    ask = client(served).chat.completions.create
+    fields = {
+        "model": "tiny",
+        "messages": [{"role": "system", "content": "Hm."}, {"role": "user", "content": "Hi!"}],
+        "max_completion_tokens": 9,
+        "temperature": 0,
+        "logit_bias": LONG,
+    }
+    whole = ask(**fields)
+    parts = list(ask(**fields, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+    assert streamed == whole.choices[0].message.content
+    assert len(streamed) == parts[-1].usage.completion_tokens == 9
+    assert parts[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_what_a_client_gets_is_what_mlx_lm_generates(served, model):
+    words = serving.tokenizer()
+    prompt = "the quick brown fox jumps over the lazy dog"
+    alone = models.greedy(model, CachePools(model).make_prompt_cache(), _array(words, prompt), 10)
+    assert text_of(served, prompt, 10) == words.decode(alone)
+
+
+def _array(words, prompt):
+    import mlx.core as mx
+
+    return mx.array(words.encode(prompt))
+
+
+def test_models_lists_the_one_that_is_served(served):
+    api = client(served).models
+    assert [m.id for m in api.list()] == ["tiny"]
+    assert api.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        api.retrieve("other")
+
+
+def test_a_seeded_answer_is_the_same_twice(served):
+    texts = [
+        client(served)
+        .completions.create(model="tiny", prompt="x", max_tokens=10, temperature=1, seed=seed)
+        .choices[0]
+        .text
+        for seed in (5, 5, 6, -1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "Invalid JSON"),
+        (b"\xff\xfe", 400, "cannot be read"),
+        (b"[1]", 400, "JSON dictionary"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        ({}, 400, "prompt must be a string"),
+        ({"prompt": ""}, 400, "empty"),
+        ({"prompt": ["a"]}, 400, "prompt must be a string"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "a", "max_tokens": "5"}, 400, "max_tokens"),
+        ({"prompt": "a", "temperature": float("nan")}, 400, "temperature"),
+        ({"prompt": "a", "stop": [5]}, 400, "stop must"),
+        ({"prompt": "a", "stop": ""}, 400, "stop must"),
+        ({"prompt": "a", "stream_options": 5}, 400, "stream_options"),
+        ({"prompt": "a", "logit_bias": {"97": 1}}, 400, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"prompt": "a", "model": "gpt-4"}, 404, "gpt-4"),
+        ({"prompt": "a", "adapters": "/etc"}, 400, "adapters"),
+        ({"prompt": "a", "draft_model": "x"}, 400, "draft model"),
+    ],
+)
+def test_a_bad_request_is_answered_in_openais_form(served, body, status, words):
+    code, text, _ = post(served, body)
+    assert (code, words in error_of(text)["message"]) == (status, True), text
+    assert health(served)["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "hi",
+        [],
+        [5],
+        [{}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [5]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+    ],
+)
+def test_bad_messages_are_refused(served, messages):
+    code, text, _ = post(served, {"messages": messages}, "/v1/chat/completions")
+    assert (code, error_of(text)["param"]) == (400, "messages")
+
+
+def test_what_reaches_the_generation_thread_cannot_end_it(served):
+    fields = {"prompt": "abc", "max_tokens": 3, "logit_bias": LONG}
+    for odd in ({"top_k": 10_000}, {"max_tokens": None}, {"stop": "a"}, {"stop": None}):
+        assert post(served, fields | odd)[0] == 200, odd
+    assert len(text_of(served, "abc", 3)) == 3
+
+
+def test_a_failing_batch_ends_its_requests_and_not_the_server(served, monkeypatch):
+    generator = served.generator
+    monkeypatch.setattr(generator.admission, "reserve", _fail_once(generator.admission.reserve))
+    code, text, _ = post(served, {"prompt": "abc", "max_tokens": 3})
+    assert (code, error_of(text)["code"]) == (500, "internal_error")
+    assert "planted" in text
+
+    made = type(generator.model_provider.model)
+    monkeypatch.setattr(made, "__call__", _fail_once(made.__call__, after=4))
+    asked = [
+        threading.Thread(target=lambda p=p: codes.append(post(served, p)[0]))
+        for p in ({"prompt": "abc", "max_tokens": 60}, {"prompt": "xyz", "max_tokens": 60})
+    ]
+    codes = []
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join(20)
+    assert len(codes) == 2
+    assert 500 in codes
+    assert len(text_of(served, "abc", 3)) == 3
+    assert health(served)["kv_blocks_reserved"] == 0
+
+
+def _fail_once(function, after=0):
+    calls = []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == after + 1:
+            raise RuntimeError("planted")
+        return function(*args, **options)
+
+    return failing
+
+
+def test_unknown_paths_and_methods_are_errors_in_openais_form(served):
+    assert (get(served, "/v2")[0], error_of(get(served, "/v2")[1])["type"]) == (
+        404,
+        "not_found_error",
+    )
+    code, text, _ = post(served, {}, "/v1/embeddings")
+    assert (code, bool(error_of(text))) == (404, True)
+    with raw(served, b"DELETE /v1/models HTTP/1.1\r\n\r\n") as connection:
+        head, body = read_all(connection).split(b"\r\n\r\n", 1)
+    assert b" 501 " in head
+    assert error_of(body)
+
+
+# Limits for clients
+
+
+def test_a_large_body_is_refused_before_it_is_read(model):
+    with server(model=model, limits=ServerOptions(max_body_bytes=1000)) as running:
+        code, text, _ = post(running, {"prompt": "x" * 2_000_000})
+        assert (code, error_of(text)["code"]) == (413, "request_too_large")
+        assert post(running, {"prompt": "x" * 900, "max_tokens": 1})[0] == 200
+        with raw(running, b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n") as c:
+            assert b" 400 " in read_all(c).split(b"\r\n")[0]
+        with raw(running, b"POST /v1/completions HTTP/1.1\r\n\r\n") as c:
+            head, body = read_all(c).split(b"\r\n\r\n", 1)
+        assert b" 411 " in head
+        assert "Content-Length" in error_of(body)["message"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{", b" 408 "),
+    ],
+)
+def test_a_client_that_stalls_is_timed_out_even_if_it_drips(model, sent, answer):
+    with server(model=model, limits=ServerOptions(client_timeout=0.6)) as running:
+        started = time.monotonic()
+        with raw(running, sent) as connection:
+            connection.settimeout(0.1)
+            got, closed = b"", False
+            while not closed and time.monotonic() < started + 8:
+                try:
+                    part = connection.recv(65536)
+                    got, closed = got + part, not part
+                except TimeoutError:
+                    if sent:
+                        connection.sendall(b"x")  # never silent for as long as the limit
+        took = time.monotonic() - started
+        assert closed
+        assert 0.5 < took < 6
+        assert answer in got.split(b"\r\n")[0]
+        assert len(text_of(running, "abc", 3)) == 3
+
+
+# The budget
+
+
+def test_over_budget_is_answered_while_others_go_on(model):
+    with server(model=model, blocks=20) as running:
+        first = client(running).completions.create(
+            model="tiny", prompt="a" * 40, max_tokens=200, logit_bias=LONG, stream=True
+        )
+        parts = [next(iter(first))]  # 15 blocks and 2 copies are promised
+        with pytest.raises(openai.InternalServerError) as now:
+            text_of(running, "b" * 40, 40)
+        assert now.value.status_code == 503
+        assert now.value.code == "kv_cache_full"
+        assert int(now.value.response.headers["Retry-After"]) > 0
+        with pytest.raises(openai.BadRequestError) as never:
+            text_of(running, "b" * 40, 400)
+        assert never.value.code == "context_length_exceeded"
+        parts += list(first)
+        assert len("".join(part.choices[0].text for part in parts)) == 200
+        assert len(text_of(running, "b" * 40, 40)) == 40  # at the cost of what was kept
+        outcomes = metrics(running)["requests"]
+        assert (outcomes["refused"], outcomes["finished"], outcomes["failed"]) == (2, 2, 0)
+
+
+def test_a_length_that_the_client_leaves_open_is_clipped_to_the_budget(model):
+    with server("--max-tokens", "500", model=model, blocks=10) as running:
+        answer = client(running).completions.create(
+            model="tiny", prompt="a" * 40, temperature=0, logit_bias=LONG
+        )
+        assert answer.usage.completion_tokens == (10 - 2) * BLOCK - 40
+        with pytest.raises(openai.BadRequestError, match="room for 128"):
+            client(running).completions.create(model="tiny", prompt="a" * 200)
+
+
+def test_a_full_budget_never_runs_out_in_a_batch(model):
+    """Requests that just fit, with shared prefixes and segments, joining at any time."""
+    with server("--prompt-cache-size", "50", model=model, blocks=24) as running:
+        codes = []
+
+        def ask(i):
+            for j in range(4):
+                messages = [
+                    {"role": "system", "content": "s" * (5 + i)},
+                    {"role": "user", "content": "q" * (7 * j + i) + str(i)},
+                ]
+                body = {"messages": messages, "max_tokens": 20 + 3 * i, "logit_bias": LONG}
+                codes.append(post(running, body, "/v1/chat/completions")[0])
+
+        threads = [threading.Thread(target=ask, args=[i]) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(codes) == 24
+        assert set(codes) <= {200, 503}
+        assert codes.count(200) >= 6
+        state = health(running)
+        assert state["kv_blocks_used"] <= state["kv_blocks_total"] == 24
+        assert metrics(running)["requests"]["failed"] == 0
+
+
+class _Pools:
+    """Blocks as sequences take them, with nothing behind them."""
+
+    block_size = 16
+
+    def __init__(self, max_blocks, used=0):
+        self.max_blocks = max_blocks
+        self.used_blocks = used
+
+
+def test_admission_counts_what_runs_what_is_used_and_what_is_shared():
+    pools = _Pools(10)
+    admission = Admission(pools, lambda: False)
+    first = admission.reserve(tokens=5 * 16, cached=0, copies=1)  # 6 blocks promised
+    assert admission.outstanding == 6
+    pools.used_blocks, first.tokens = 2, 17  # two of them taken
+    assert admission.outstanding == 4
+    with pytest.raises(errors.APIError) as full:
+        admission.reserve(tokens=4 * 16, cached=0, copies=1)  # 2 + 4 + 5 > 10
+    assert (full.value.status, full.value.retry_after) == (503, 5)
+    second = admission.reserve(tokens=4 * 16, cached=16, copies=1)  # one is held already
+    assert admission.outstanding == 4 + 4
+    with pytest.raises(errors.APIError) as never:
+        admission.reserve(tokens=10 * 16, cached=0, copies=1)
+    assert (never.value.status, never.value.code) == (400, "context_length_exceeded")
+    admission.release(first)
+    admission.release(first)
+    assert admission.outstanding == 4
+    admission.release(second)
+    pools.used_blocks = 9
+    evicted = []
+
+    def evict():
+        evicted.append(1)
+        pools.used_blocks -= 3
+        return True
+
+    Admission(pools, evict).reserve(tokens=5 * 16, cached=0, copies=1)
+    assert len(evicted) == 2  # no more than it took
+
+
+# The prompt cache
+
+
+def test_a_prefix_is_served_from_pages_and_counted(model):
+    prefix = "it was the best of times, it was the worst of times"
+    with server(model=model) as running, server() as cold:
+        text_of(running, prefix, 8)
+        before = health(running)["kv_blocks_used"]
+        warm = client(running).completions.create(
+            model="tiny", prompt=prefix + " and", max_tokens=8, temperature=0, logit_bias=LONG
+        )
+        cached = warm.usage.prompt_tokens_details.cached_tokens
+        assert cached == len(prefix)
+        assert warm.choices[0].text == text_of(cold, prefix + " and", 8)
+        # One more sequence of 63 tokens; what it shares are full blocks.
+        assert health(running)["kv_blocks_used"] - before == 4 - len(prefix) // BLOCK
+        counts = metrics(running)
+        assert counts["prompt_tokens_cached_total"] == cached
+        assert counts["prompt_tokens_total"] == 2 * len(prefix) + 4
+        assert counts["prefix_hit_ratio"] == pytest.approx(cached / (2 * len(prefix) + 4))
+
+
+def test_a_prompt_that_is_cached_in_full_is_answered(served):
+    text = text_of(served, "again", 1)
+    assert len(text_of(served, "again" + text, 3)) == 3  # mlx_lm's thread would end here
+    assert text_of(served, "again", 1) == text
+
+
+def test_prompt_cache_bytes_bound_what_is_kept(model):
+    block_bytes = CachePools(model).block_bytes
+    with server("--prompt-cache-bytes", str(8 * block_bytes), model=model) as running:
+        for letter in "abcdef":
+            text_of(running, letter * 40, 8)
+        text_of(running, "z", 1)  # mlx_lm looks when a request joins
+        state = health(running)
+        assert 0 < state["prompt_cache_sequences"] < 6
+        assert state["kv_bytes_used"] <= 8 * block_bytes + block_bytes
+
+
+# Metrics
+
+
+def test_metrics_add_up(model):
+    with server(model=model, blocks=30) as running:
+        started = time.monotonic()
+        for n in (3, 5):
+            text_of(running, "hello " * n, n)
+        post(running, {"prompt": 5})
+        counts = metrics(running)
+        for kind in ("blocks", "bytes"):
+            used, free, total = (counts[f"kv_{kind}_{n}"] for n in ("used", "free", "total"))
+            assert used + free == total
+            assert used > 0
+        block_bytes = running.generator.model_provider.pools.block_bytes
+        assert counts["kv_bytes_used"] == counts["kv_blocks_used"] * block_bytes
+        assert counts["kv_blocks_total"] == 30
+        assert counts["kv_blocks_reserved"] == counts["requests_running"] == 0
+        assert counts["generated_tokens_total"] == 3 + 5
+        assert counts["prompt_tokens_total"] == 6 * (3 + 5)
+        assert counts["requests"]["finished"] == counts["request_seconds_count"] == 2
+        assert counts["tokens_per_second"] == pytest.approx(8 / 10)
+        assert 0 < counts["first_token_seconds_sum"] <= counts["request_seconds_sum"]
+        assert counts["request_seconds_sum"] < time.monotonic() - started
+        state = health(running)
+        assert state["kv_blocks_used"] == counts["kv_blocks_used"]
+
+
+def test_metrics_say_what_they_need(served, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    code, text = get(served, "/metrics")
+    assert (code, "vllm-metal-tq[serve]" in error_of(text)["message"]) == (501, True)
+
+
+# Clients that leave
+
+
+def blocks_in_use(running):
+    """Blocks that are used when nothing is cached, and that are promised."""
+    while running.generator.prompt_cache.evict():
+        pass
+    gc.collect()
+    state = health(running)
+    return state["kv_blocks_used"], state["kv_blocks_reserved"]
+
+
+def ends_free(running, cancelled=1):
+    """Whether all comes free soon, with so many requests counted as cancelled."""
+    return wait_for(
+        lambda: (
+            metrics(running)["requests_running"] == 0
+            and blocks_in_use(running) == (0, 0)
+            and metrics(running)["requests"]["cancelled"] == cancelled
+        )
+    )
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Every step of the model takes a while longer."""
+    made = type(models.llama())
+    step = made.__call__
+
+    def slow(*args, **options):
+        time.sleep(0.03)
+        return step(*args, **options)
+
+    monkeypatch.setattr(made, "__call__", slow)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_cancelled_request_frees_its_blocks(model, slowly, stream, seed):
+    with server(model=model) as running:
+        body = {"prompt": "a" * 40, "max_tokens": 3000, "logit_bias": LONG, "stream": stream}
+        with raw(running, request_bytes(body | {"seed": seed})):
+            assert wait_for(lambda: health(running)["kv_blocks_used"] > 2)
+            # Another one is not disturbed.
+            if seed is None:
+                assert len(text_of(running, "b" * 20, 5)) == 5
+        started = time.monotonic()
+        assert ends_free(running)
+        assert time.monotonic() - started < 5
+        assert metrics(running)["generated_tokens_total"] < 500
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_request_is_cancelled_in_the_middle_of_its_prompt(model, slowly, seed):
+    with server("--prefill-step-size", "16", model=model) as running:
+        body = {"prompt": "a" * 3000, "max_tokens": 5, "seed": seed}
+        with raw(running, request_bytes(body)):
+            assert wait_for(lambda: health(running)["kv_blocks_used"] > 2)
+        assert ends_free(running)
+        assert metrics(running)["prompt_tokens_total"] == 0  # it never came to its first token
+
+
+def test_a_request_is_cancelled_while_it_waits(model, slowly):
+    with server("--decode-concurrency", "1", "--prompt-concurrency", "1", model=model) as running:
+        body = {"prompt": "a" * 40, "max_tokens": 100, "logit_bias": LONG}
+        with raw(running, request_bytes(body)) as first:
+            assert wait_for(lambda: health(running)["kv_blocks_used"] > 2)
+            with raw(running, request_bytes(body | {"seed": 3})):  # has to wait for the batch
+                time.sleep(0.3)
+            assert b" 200 " in read_all(first).split(b"\r\n")[0]
+        assert ends_free(running)
+        assert metrics(running)["generated_tokens_total"] == 100
+
+
+def test_a_client_that_takes_no_answer_is_cancelled(model):
+    limits = ServerOptions(client_timeout=0.6)
+    with server(model=model, limits=limits) as running:
+        running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # clients inherit it
+        body = {"prompt": "a", "max_tokens": 100_000, "logit_bias": LONG, "stream": True}
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(running.server_address)
+        with connection:
+            connection.sendall(request_bytes(body))
+            assert wait_for(lambda: metrics(running)["requests"]["cancelled"] == 1, 30)
+        assert ends_free(running)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_stopping_tells_those_who_wait(model, slowly, seed):
+    with server(model=model) as running:
+        body = {"prompt": "a", "max_tokens": 3000, "logit_bias": LONG, "seed": seed}
+        with raw(running, request_bytes(body)) as connection:
+            assert wait_for(lambda: health(running)["kv_blocks_used"] > 0)
+            running.generator.stop_and_join()
+            head, text = read_all(connection).split(b"\r\n\r\n", 1)
+        assert b" 503 " in head.split(b"\r\n")[0]
+        assert error_of(text)["code"] == "unavailable"
+        assert health(running)["status"] == "unavailable"
+        assert post(running, body)[0] == 503
+
+
+def test_many_clients_who_come_and_go_leave_nothing_and_get_their_own(model):
+    """Each prompt's answer is what it gets alone, whoever else is there."""
+    prompts = [f"client {i} says {'la ' * (i % 5)}" for i in range(8)]
+    with server(model=model) as running:
+        alone = {p: text_of(running, p, 16) for p in prompts}
+        start = blocks_in_use(running)
+        assert start == (0, 0)
+        wrong = []
+
+        def talk(i):
+            for j in range(3):
+                prompt = prompts[(i + 5 * j) % len(prompts)]
+                body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "logit_bias": LONG}
+                if (i + j) % 3 == 0:
+                    with raw(running, request_bytes(body | {"stream": True})) as connection:
+                        connection.recv(100 * (j + 1))
+                    continue
+                code, text, _ = post(running, body)
+                got = json.loads(text)["choices"][0]["text"] if code == 200 else code
+                if got != alone[prompt]:
+                    wrong.append((prompt, got))
+
+        threads = [threading.Thread(target=talk, args=[i]) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert wait_for(lambda: metrics(running)["requests_running"] == 0)
+        assert wait_for(lambda: blocks_in_use(running) == start)
+
+
+def test_watch_sees_that_the_other_end_has_closed():
+    ours, theirs = socket.socketpair()
+    session = sessions.Session(ours, explicit=True)
+    watch = sessions.Watch()
+    with ours, watch.over(session):
+        theirs.sendall(b"more")  # is not the end
+        assert not wait_for(lambda: session.gone, 3 * sessions.POLL_SECONDS)
+        ours.recv(4)
+        theirs.close()
+        assert wait_for(lambda: session.gone)
+    watch.stop()
+
+
+def test_mlx_lms_own_server_keeps_its_own_batches():
+    import mlx_lm.server as host
+    from mlx_lm.generate import BatchGenerator
+
+    from vllm_metal_tq.integrations.mlx_lm.server import batch
+
+    batch.install()
+    assert type(host.BatchGenerator(models.llama())) is BatchGenerator
+
+
+def test_error_texts_name_no_path_and_no_secret(served):
+    text = post(served, {"prompt": "a", "stop": [5]})[1]
+    assert not re.search(r"File|Traceback|site-packages", text)
