@@ -253,19 +253,21 @@ TQ_FN uint tq_scale_bits(float scale, float element, bool flag) {
   return wrong ? 0x7e00u : bits | uint(flag) << 15;
 }
 
-// Copies COPIED words of a ring of TAIL tokens, WORDS words each, of each KV head, with the new tokens
-// that go there: token i lies in slot i % TAIL. first_token: the index of the first new one; first:
-// the first word, THREADS apart from the next. TAIL is a power of two.
-template <int TAIL, int WORDS, int COPIED, int THREADS, class WORD>
-TQ_FN void tq_push(device WORD* next, const device WORD* ring, const device WORD* fresh, int first_token, int tokens, int first, int words) {
+// Copies COPIED words of rings of TAIL tokens, WORDS words each, of each KV head of each sequence,
+// with the new tokens that go there: token i lies in slot i % TAIL. starts: of each sequence a
+// position, and the index of its first new token; first: the first word, THREADS apart from the
+// next. TAIL is a power of two.
+template <int TAIL, int WORDS, int COPIED, int THREADS, class WORD, class STARTS>
+TQ_FN void tq_push(device WORD* next, const device WORD* ring, const device WORD* fresh, STARTS starts, int heads, int tokens, int first, int words) {
   TQ_UNROLL
   for (int k = 0; k < COPIED; ++k) {
     const int i = first + k * THREADS;
     if (i < words) {
-      const int slot = i / WORDS % TAIL;
+      const int slot = i / WORDS % TAIL, head = i / (TAIL * WORDS);
+      const int first_token = starts[head / heads * 2 + 1];
       // The last of the new tokens that go there.
       const int token = tokens - 1 - ((first_token + tokens - 1 - slot) & (TAIL - 1));
-      const size_t at = (size_t(i / (TAIL * WORDS)) * tokens + max(token, 0)) * WORDS + i % WORDS;
+      const size_t at = (size_t(head) * tokens + max(token, 0)) * WORDS + i % WORDS;
       next[i] = token < 0 ? ring[i] : fresh[at];
     }
   }

@@ -3,10 +3,12 @@
   // to D / E lanes, which do the key and then the value of a token. More threadgroups put the last
   // tokens, as they came, into a copy of the tail.
   //
-  // keys, values T (KV heads, tokens, HEAD_DIM)
-  // tail_keys, tail_values  T (KV heads, TAIL, HEAD_DIM): the token of index i lies in slot i % TAIL
-  // count        int32: KV heads * tokens, tokens, how many tokens keep their mean whatever it is
-  // start        int32: position and index of the first token
+  // keys, values T (sequences, KV heads, tokens, HEAD_DIM)
+  // tail_keys, tail_values  T (sequences, KV heads, TAIL, HEAD_DIM): the token of index i lies in
+  //              slot i % TAIL
+  // count        int32: vectors, tokens of a sequence, how many of these keep their mean whatever it
+  //              is, KV heads
+  // starts       int32 (sequences, 2): position and index of the first token
   // turns        uint32 (D): the step of each element's pair. CENTRE only, as what follows
   // means        float (KV heads, 4 * D + 4): factors of cosine and sine that give an element of R_j mu,
   //              smoothing, mean value; the first two smoothed, and all with changed signs; then the
@@ -19,7 +21,7 @@
   // halves       half2, as uint32: of each step of keys: its inverse, and that of the size that
   //              tq_saturated_fma takes; of each step of values: its inverse; the centre, a/b and
   //              c/b of the levels; of each step of values SEARCH_TERMS coefficients
-  // rows         uint8 (KV heads, tokens, ROW); the sign bits of the scales say that a mean is left out
+  // rows         uint8 (sequences, KV heads, tokens, ROW); the sign bits of the scales say that a mean is left out
   // next_keys, next_values  the tail with the new tokens
   constexpr int LANES = D / E;
   constexpr int EIGHTS = (E + 7) / 8;
@@ -34,20 +36,20 @@
   constexpr int V_HALVES = 2 * K_STEPS;
   constexpr int LEVELS = V_HALVES + V_STEPS;
   constexpr int AT_ONCE = GROUPS * 32 / LANES;  // vectors of a threadgroup
-  const int vectors = count[0], tokens = count[1];
+  const int vectors = count[0], tokens = count[1], heads = count[3];
   const int encoding = (vectors + AT_ONCE - 1) / AT_ONCE;
   if (int(threadgroup_position_in_grid.x) >= encoding) {
     const int first = (int(threadgroup_position_in_grid.x) - encoding) * GROUPS * 32 * COPIED + int(thread_index_in_threadgroup);
-    const int heads = vectors / tokens;
+    const int rings = vectors / tokens;
     if (HEAD_DIM * sizeof(T) % 16 == 0) {
       constexpr int WORDS = HEAD_DIM * sizeof(T) / 16;
-      const int words = heads * TAIL * WORDS;
-      tq_push<TAIL, WORDS, COPIED, GROUPS * 32>((device uint4*)next_keys, (const device uint4*)tail_keys, (const device uint4*)keys, start[1], tokens, first, words);
-      tq_push<TAIL, WORDS, COPIED, GROUPS * 32>((device uint4*)next_values, (const device uint4*)tail_values, (const device uint4*)values, start[1], tokens, first, words);
+      const int words = rings * TAIL * WORDS;
+      tq_push<TAIL, WORDS, COPIED, GROUPS * 32>((device uint4*)next_keys, (const device uint4*)tail_keys, (const device uint4*)keys, starts, heads, tokens, first, words);
+      tq_push<TAIL, WORDS, COPIED, GROUPS * 32>((device uint4*)next_values, (const device uint4*)tail_values, (const device uint4*)values, starts, heads, tokens, first, words);
     } else {
-      const int words = heads * TAIL * HEAD_DIM;
-      tq_push<TAIL, HEAD_DIM, COPIED, GROUPS * 32>(next_keys, tail_keys, keys, start[1], tokens, first, words);
-      tq_push<TAIL, HEAD_DIM, COPIED, GROUPS * 32>(next_values, tail_values, values, start[1], tokens, first, words);
+      const int words = rings * TAIL * HEAD_DIM;
+      tq_push<TAIL, HEAD_DIM, COPIED, GROUPS * 32>(next_keys, tail_keys, keys, starts, heads, tokens, first, words);
+      tq_push<TAIL, HEAD_DIM, COPIED, GROUPS * 32>(next_values, tail_values, values, starts, heads, tokens, first, words);
     }
     return;
   }
@@ -59,7 +61,8 @@
   const bool live = wanted < vectors;
   const size_t vector = live ? wanted : vectors - 1;  // every lane takes part in the shuffles
   const int token = CENTRE ? int(vector) % tokens : 0;
-  const device float* its_means = means + (CENTRE ? int(vector) / tokens * (4 * D + 4) : 0);
+  const int head = CENTRE ? int(vector) / tokens : 0;
+  const device float* its_means = means + (CENTRE ? head % heads * (4 * D + 4) : 0);
   device uchar* row = rows + vector * ROW;
 
   constexpr int EXCHANGED = M == 1 ? 1 : GROUPS * 32 * E;
@@ -79,7 +82,7 @@
       tq_load_table<E, M, D>(mean, its_means + 2 * D, p);
       TQ_UNROLL
       for (int e = 0; e < E; ++e) y[e] *= mean[e];
-      tq_turned_mean<E, M, D, ALIKE>(mean, its_means, its_means + D, turns, uint(start[0] + token), p);
+      tq_turned_mean<E, M, D, ALIKE>(mean, its_means, its_means + D, turns, uint(starts[head / heads * 2] + token), p);
       flag = tq_leave_out<LANES>(y, mean, its_means[4 * D], token >= count[2]);
     } else {
       tq_load_share<E, M, D, HEAD_DIM, true>(y, keys + vector * HEAD_DIM, signs, p);

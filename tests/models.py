@@ -35,9 +35,9 @@ def llama(**arguments):
     return build("llama", **({"head_dim": 64} | arguments))
 
 
-def tokens(count: int, seed: int = 0) -> mx.array:
-    """Random token ids ``(1, count)``."""
-    return mx.random.randint(0, VOCAB, (1, count), key=mx.random.key(seed))
+def tokens(count: int, seed: int = 0, batch: int = 1) -> mx.array:
+    """Random token ids ``(batch, count)``."""
+    return mx.random.randint(0, VOCAB, (batch, count), key=mx.random.key(seed))
 
 
 def greedy(model, cache, prompt=None, count=12, **options) -> list[int]:

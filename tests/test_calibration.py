@@ -160,8 +160,8 @@ class TestBiases:
         cache = make_prompt_cache(model)
         for layer, ours in zip(model.layers, cache, strict=True):
             bias = layer.self_attn.k_proj.bias.reshape(1, 64)
-            assert mx.array_equal(ours.centre.mu, bias)
-            assert (ours.centre.smoothing == 1).all()
+            assert mx.array_equal(ours.sequences.centre.mu, bias)
+            assert (ours.sequences.centre.smoothing == 1).all()
 
     def test_are_scaled_like_the_keys(self):
         scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
@@ -177,7 +177,7 @@ class TestBiases:
 
     def test_that_are_not_there_leave_no_centre(self, model):
         assert from_biases(model).centres == (None,) * 3
-        assert all(cache.centre is None for cache in make_prompt_cache(model))
+        assert all(cache.sequences.centre is None for cache in make_prompt_cache(model))
 
 
 class TestFile:

@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models import rope_utils
 
 from vllm_metal_tq import rope
-from vllm_metal_tq.centre import TURN, Centre, phases, tiled, turn
+from vllm_metal_tq.centre import TURN, Centre, phases, turn
 
 LLAMA3 = {
     "factor": 32.0,
@@ -163,12 +163,6 @@ class TestCentre:
         assert mx.allclose(at[:, 0], centre.mu)
         expected = ROPES["half-split"](centre.mu[None, :, None], offset=9)[0, :, 0]
         assert mx.abs(at[:, 1] - expected).max().item() < 1e-5
-
-    def test_tiles_are_more_heads_and_made_once(self, centre):
-        twice = tiled(centre, 2)
-        assert twice is tiled(centre, 2)
-        assert tiled(centre, 1) is centre
-        assert mx.array_equal(twice.mu, mx.concatenate([centre.mu, centre.mu]))
 
     def test_without_mu_it_is_zero_everywhere(self, centre):
         assert (centre.without_mu.at(mx.array([3])) == 0).all()

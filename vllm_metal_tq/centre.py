@@ -133,12 +133,3 @@ def _tables(pairs: bytes) -> tuple[mx.array, mx.array, mx.array]:
     columns = np.frombuffer(pairs, np.uint32).reshape(-1, 3)
     order = np.concatenate([columns[:, 0], columns[:, 1]])
     return mx.array(order), mx.array(np.argsort(order).astype(np.uint32)), mx.array(columns[:, 2])
-
-
-@lru_cache(maxsize=1024)  # a centre for each layer; what is compiled for one is kept as well
-def tiled(centre: Centre, times: int) -> Centre:
-    """The centre of ``times`` sequences in lockstep, which are KV heads of one sequence."""
-    if times == 1:
-        return centre
-    arrays = (centre.mu, centre.smoothing, centre.value_mean)
-    return Centre(centre.pairs, *(mx.tile(x, (times, 1)) for x in arrays))

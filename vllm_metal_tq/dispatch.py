@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import mlx.core as mx
+import numpy as np
 
 from . import attention, codec, cpu
 from .centre import Centre
@@ -20,7 +22,7 @@ from .kernels import gather as gather_kernel
 from .kernels.launch import Executor, integers, on_gpu
 from .kernels.selfcheck import check
 from .layout import PageLayout
-from .pages import BlockTable, places, scatter
+from .pages import BlockTable, PagePool, Slots, places, scatter
 from .tail import Tail
 
 SLICE = 4096  # tokens to which means are added at a time, in float32; whole blocks
@@ -46,27 +48,52 @@ def executor(layout: PageLayout) -> Executor | None:
     return None
 
 
+@dataclass
+class Chunk:
+    """New tokens of some sequences, as many of each, and where they go.
+
+    Attributes:
+        keys: ``(B, num_kv_heads, L, head_dim)``, after RoPE.
+        values: the same shape.
+        tables: the pages of each sequence, all of one pool.
+        tail: the tails of the sequences.
+        offsets: the position of each sequence's first new token.
+        uncentred: how many of the new tokens, the first ones, get no flag f.
+    """
+
+    keys: mx.array
+    values: mx.array
+    tables: list[BlockTable]
+    tail: Tail
+    offsets: list[int]
+    uncentred: int = 0
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.keys.shape[2]
+
+    @property
+    def pool(self) -> PagePool:
+        """Where the pages are."""
+        return self.tables[0].pool
+
+    def room(self) -> Slots:
+        """Make room in pages; returns the slots of the new tokens."""
+        return tuple(table.extend(self.length) for table in self.tables)
+
+
 def store(
-    keys: mx.array,
-    values: mx.array,
-    table: BlockTable,
-    tail: Tail,
+    chunks: Sequence[Chunk],
     *,
     centre: Centre | None = None,
-    position: int = 0,
-    uncentred: int = 0,
     make_room: Callable[[], None] = lambda: None,
 ) -> None:
-    """Store new tokens: compressed in pages, and the last of them as they came in the tail.
+    """Store new tokens: compressed in pages, and the last of them as they came in the tails.
 
     Args:
-        keys: ``(num_kv_heads, L, head_dim)``, after RoPE.
-        values: the same shape.
-        table: the pages of the sequence.
-        tail: the tail of the sequence.
+        chunks: the tokens, of one layer and for one pool.
         centre: calibration of the layer, or None.
-        position: position of the first new token.
-        uncentred: how many of them, the first ones, get no flag f.
         make_room: called once the tokens are known to be good, before anything is stored.
 
     Raises:
@@ -74,45 +101,66 @@ def store(
             encoded. Nothing is stored then. The kernel does not wait to find out: such a vector
             becomes NaN, and shows in what is attended.
     """
-    pool, layout, length = table.pool, table.pool.layout, keys.shape[1]
-    codec.check_shapes(keys, values, layout)
+    layout = chunks[0].pool.layout
+    for chunk in chunks:
+        codec.check_shapes(chunk.keys, chunk.values, layout)
     execute = executor(layout)
-    if execute is None:
-        rows = _encode(keys, values, layout, centre, position, uncentred)
-        make_room()
-        tail.push(keys, values, table.num_tokens)
-        table.append(rows)
-        return
+    rows = [None if execute else _encode(chunk, centre) for chunk in chunks]
     make_room()
-    tail.prepare(keys, values)
-    start = integers(position, table.num_tokens)
-    where = places(table.extend(length), pool.num_kv_heads, layout)
-    pool.pages, *arrays = _compiled_store(layout, centre, uncentred, execute)(
-        keys, values, pool.pages, *tail.arrays, start, *where
+    for chunk, its_rows in zip(chunks, rows, strict=True):
+        if execute:
+            _store_on_gpu(chunk, centre, execute)
+        else:
+            chunk.tail.push(chunk.keys, chunk.values, [t.num_tokens for t in chunk.tables])
+            chunk.pool.write(chunk.room(), its_rows)
+
+
+def _store_on_gpu(chunk: Chunk, centre: Centre | None, execute: Executor) -> None:
+    pool, layout = chunk.pool, chunk.pool.layout
+    chunk.tail.prepare(chunk.keys, chunk.values)
+    starts = _starts(*chunk.offsets, *(table.num_tokens for table in chunk.tables))
+    where = places(chunk.room(), pool.num_kv_heads, layout)
+    pool.pages, *arrays = _compiled_store(layout, centre, chunk.uncentred, execute)(
+        chunk.keys, chunk.values, pool.pages, *chunk.tail.arrays, starts, *where
     )
-    tail.hold(tuple(arrays), length)
+    chunk.tail.hold(tuple(arrays), chunk.length)
 
 
-def _encode(
+@lru_cache(maxsize=4)
+def _starts(*values: int) -> mx.array:
+    """Of each sequence position and index of its first new token: int32 ``(B, 2)``."""
+    if len(values) == 2:
+        return integers(*values)[None]
+    return mx.array(np.array(values, np.int32).reshape(2, -1).T)
+
+
+def _encode(chunk: Chunk, centre: Centre | None) -> mx.array:
+    """Rows ``(B, num_kv_heads, L, row_bytes)`` of new tokens by plain MLX operations."""
+    layout, (batch, heads, length, _) = chunk.pool.layout, chunk.keys.shape
+    keys, values = (x.swapaxes(0, 1).flatten(1, 2) for x in (chunk.keys, chunk.values))
+    if centre is None:
+        rows = codec.encode(keys, values, layout)
+    else:
+        positions = mx.array(chunk.offsets, mx.int32)[:, None] + mx.arange(length)
+        rows = _encode_centred(keys, values, layout, centre, positions, chunk.uncentred)
+    return rows.reshape(heads, batch, length, layout.row_bytes).swapaxes(0, 1)
+
+
+def _encode_centred(
     keys: mx.array,
     values: mx.array,
     layout: PageLayout,
-    centre: Centre | None,
-    position: int,
+    centre: Centre,
+    positions: mx.array,
     uncentred: int,
 ) -> mx.array:
-    """Rows of new tokens by plain MLX operations."""
-    if centre is None:
-        return codec.encode(keys, values, layout)
-    rows, positions = [], mx.arange(position, position + keys.shape[1])
-    for some, its_centre in (
-        (slice(None, uncentred), centre.without_mu),
-        (slice(uncentred, None), centre),
-    ):
-        if keys[:, some].shape[1]:
-            part = keys[:, some], values[:, some]
-            rows.append(codec.encode(*part, layout, its_centre, positions[some]))
-    return mx.concatenate(rows, axis=1)
+    """Rows of tokens with these positions, ``(B, L)``, of each sequence some without a mean."""
+    rows = codec.encode(keys, values, layout, centre, positions.flatten())
+    if uncentred:
+        plain = codec.encode(keys, values, layout, centre.without_mu, positions.flatten())
+        first = mx.broadcast_to(mx.arange(positions.shape[1]) < uncentred, positions.shape)
+        rows = mx.where(first.flatten()[:, None], plain, rows)
+    return rows
 
 
 # Compiled, a call costs the host a fraction: a kernel's source is put together once.
@@ -120,10 +168,10 @@ def _encode(
 def _compiled_store(
     layout: PageLayout, centre: Centre | None, uncentred: int, execute: Executor
 ) -> Callable[..., tuple[mx.array, ...]]:
-    def store(keys, values, pages, tail_keys, tail_values, start, *where):
+    def store(keys, values, pages, tail_keys, tail_values, starts, *where):
         options = {"centre": centre, "uncentred": uncentred, "execute": execute}
         rows, *arrays = encode_kernel.store(
-            keys, values, (tail_keys, tail_values), layout, start=start, **options
+            keys, values, (tail_keys, tail_values), layout, starts=starts, **options
         )
         return scatter(pages, rows, *where), *arrays
 
@@ -143,7 +191,7 @@ def _compiled_decode(
             lengths,
             layout,
             decode_kernel.Options(scale),
-            tail=tuple(x[None].astype(queries.dtype) for x in tail),
+            tail=tuple(x.astype(queries.dtype) for x in tail),
             sinks=sinks,
             centre=centre,
             max_tokens=max_tokens,
@@ -155,43 +203,54 @@ def _compiled_decode(
 
 def attend_last(
     queries: mx.array,
-    table: BlockTable,
+    tables: Sequence[BlockTable],
     tail: Tail,
+    block_table: mx.array,
+    shifts: Sequence[int],
     *,
     scale: float,
     mask: attention.Mask = None,
     sinks: mx.array | None = None,
     centre: Centre | None = None,
-    shift: int = 0,
-) -> mx.array:
-    """Attend from the last few tokens of a sequence, which are stored already.
+) -> mx.array | None:
+    """Attend from the last few tokens of some sequences, which are stored already, in one call.
 
-    The tokens of the tail are seen as they came, everything older through the pages. Arguments
-    and result are those of ``attend``.
+    The tokens of the tails are seen as they came, everything older through the pages.
+
+    Args:
+        queries: ``(B, num_heads, L, head_dim)``.
+        tables: the pages of each sequence.
+        tail: the tails of the sequences.
+        block_table: the blocks of ``tables``, int32 ``(B, max_blocks)``.
+        shifts: of each sequence what ``attend`` calls shift.
+        scale: as for ``attend``, as all that follow.
+        mask: None or "causal" are served.
+        sinks: as for ``attend``.
+        centre: as for ``attend``.
+
+    Returns:
+        ``(B, num_heads, L, head_dim)``, or None where the kernels do not serve.
     """
-    layout, rows = table.pool.layout, queries.shape[2]
-    past_length = table.num_tokens - tail.length
-    execute = executor(layout)
-    if past_length and execute and _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS:
-        # A power of two, so that a growing context seldom asks for another compiled function.
-        max_tokens = 1 << (past_length - 1).bit_length()
-        return _compiled_decode(layout, scale, max_tokens, centre, execute)(
-            queries,
-            table.pool.pages,
-            table.block_table,
-            _lengths(past_length, table.num_tokens, shift),
-            *tail.arrays,
-            sinks,
-        )
-    keys, values = (x[None] for x in tail.ordered(table.num_tokens))
-    options = {"scale": scale, "mask": mask, "sinks": sinks, "centre": centre, "shift": shift}
-    return attend(queries, keys, values, table, past_length, **options)
+    pool, rows = tables[0].pool, queries.shape[2]
+    past = [table.num_tokens - n for table, n in zip(tables, tail.lengths, strict=True)]
+    execute = executor(pool.layout)
+    served = execute and _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS
+    if not served or not max(past):
+        return None
+    # A power of two, so that a growing context seldom asks for another compiled function.
+    max_tokens = 1 << (max(past) - 1).bit_length()
+    ends = (table.num_tokens for table in tables)
+    return _compiled_decode(pool.layout, scale, max_tokens, centre, execute)(
+        queries, pool.pages, block_table, _lengths(*past, *ends, *shifts), *tail.arrays, sinks
+    )
 
 
-@lru_cache(maxsize=2)
-def _lengths(past_length: int, num_tokens: int, shift: int) -> mx.array:
-    """What kernels call lengths. Layers share it; made of small arrays, see ``pages.places``."""
-    return mx.concatenate([mx.array([past_length, num_tokens], mx.int32), integers(shift)])
+@lru_cache(maxsize=4)
+def _lengths(*values: int) -> mx.array:
+    """What kernels call lengths, from three numbers a sequence. Layers share it."""
+    if len(values) == 3:  # made of small arrays, see pages.places
+        return mx.concatenate([mx.array(values[:2], mx.int32), integers(values[2])])[None]
+    return mx.array(np.array(values, np.int32).reshape(3, -1).T)
 
 
 def _in_order(mask: attention.Mask, rows: int) -> bool:
@@ -269,7 +328,7 @@ def _read(
         slots = pages.shape[1] * pool.layout.config.block_size
         past = codec.decode(pages, pool.layout, centre, mx.arange(shift, shift + slots))
         return [x.flatten(1, 2)[None, :, :past_length] for x in past]
-    blocks = table.block_table[0]
+    blocks = mx.array(table.blocks, mx.int32)
     past = gather_kernel.gather(pool.pages, blocks, past_length, pool.layout, dtype, execute)
     if centre:
         past = _with_means(past, table, centre, shift)

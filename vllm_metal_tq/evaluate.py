@@ -105,7 +105,7 @@ def compressed(
     def caches(model: nn.Module) -> list:
         made = make_prompt_cache(model, config, calibration=calibration)
         for cache in _ours(made):
-            cache.raw_window = TAIL if tail else 1
+            cache.sequences.raw_window = TAIL if tail else 1
         return made
 
     pages = _page_bits(caches(model))

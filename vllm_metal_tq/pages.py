@@ -1,25 +1,38 @@
-"""Pages of one layer: a pool that owns them, and the block table of a sequence."""
+"""Pages of one layer: a pool that owns them, and the block tables of sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 from functools import lru_cache
+from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
 
 from .layout import PageLayout
 
-GROWTH_TOKENS = 256  # as mlx_lm's caches grow
+GROWTH_TOKENS = 256  # as mlx_lm's caches grow, or by GROWTH_SHARE of what there is
+GROWTH_SHARE = 1 / 8
+
+Slots = tuple[tuple[int, ...], ...]
+"""Of each sequence, for each of its new tokens: block * block_size + place in the block."""
+
+
+class OutOfBlocks(MemoryError):  # noqa: N818 (its name says what it is)
+    """A pool would have to grow beyond its budget. Nothing was stored."""
 
 
 @lru_cache(maxsize=2)
-def places(slots: tuple[int, ...], num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
+def places(slot_mapping: Slots, num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
     """Block, head and offset of every byte of some rows. Layers share them: hence the cache."""
-    block, place = np.divmod(np.array(slots, np.uint32), layout.config.block_size)
-    parts = [mx.array(block)[:, None], _heads(num_kv_heads), _offsets(layout, *place.tolist())]
+    block, place = np.divmod(np.array(slot_mapping, np.uint32), layout.config.block_size)
+    parts = [
+        mx.array(block)[:, None, :, None],
+        _heads(num_kv_heads),
+        mx.unflatten(_offsets(layout, *place.flatten().tolist()), 0, place.shape)[:, None],
+    ]
     # Of one dtype and shape: otherwise MLX would convert them anew in every layer.
-    shape = (num_kv_heads, len(slots), layout.row_bytes)
+    shape = (len(block), num_kv_heads, block.shape[1], layout.row_bytes)
     return tuple(mx.broadcast_to(x, shape) for x in parts)
 
 
@@ -44,21 +57,30 @@ _scatter = mx.compile(scatter)  # looking at indices in Python takes longer than
 
 
 class PagePool:
-    """All pages of one layer, and which blocks of them are free.
+    """All pages of one layer, which sequences share, and who uses which block.
 
-    A block is ``block_size`` tokens; it has one page for each KV head.
+    A block is ``block_size`` tokens; it has one page for each KV head. Several block tables may
+    hold the same block; who writes to it copies it first (``BlockTable.extend``). The pool grows
+    by an eighth, so that a copy of its pages is seldom made, and shrinks when most of it is free.
 
-    Attributes:
+    Args:
         layout: the bytes of a page.
         num_kv_heads: pages of a block.
+        max_blocks: the most blocks that the pool may have. None: no limit.
+
+    Attributes:
         pages: uint8 ``(num_blocks, num_kv_heads, page_bytes)``, all that the pool allocates.
     """
 
-    def __init__(self, layout: PageLayout, num_kv_heads: int):
+    def __init__(self, layout: PageLayout, num_kv_heads: int, max_blocks: int | None = None):
         self.layout = layout
         self.num_kv_heads = num_kv_heads
+        self.max_blocks = max_blocks
         self.pages = mx.zeros((0, num_kv_heads, layout.page_bytes), mx.uint8)
+        self.tables: WeakSet[BlockTable] = WeakSet()
+        self._users: list[int] = []  # of each block, how many block tables hold it
         self._free: list[int] = []
+        self._dropped: deque[list[int]] = deque()
 
     @property
     def num_blocks(self) -> int:
@@ -68,113 +90,223 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Blocks allocated but not in use."""
+        self._collect()
         return len(self._free)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` blocks out of the pool, which grows where it must."""
+    @property
+    def num_used(self) -> int:
+        """Blocks that some block table holds; one that several hold counts once."""
+        return self.num_blocks - self.num_free
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self.num_kv_heads * self.layout.page_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.pages.nbytes
+
+    @property
+    def nbytes_bf16(self) -> int:
+        """Bytes that as many blocks take uncompressed."""
+        return self.num_blocks * self.num_kv_heads * self.layout.bf16_page_bytes
+
+    def reserve(self, count: int) -> None:
+        """See to it that ``count`` blocks are free.
+
+        Raises:
+            OutOfBlocks: the pool would have more than ``max_blocks``.
+        """
         missing = count - self.num_free
-        if missing > 0:
-            self._grow(missing)
-        taken, self._free = self._free[:count], self._free[count:]
+        if missing <= 0:
+            return
+        if self.max_blocks is not None and self.num_blocks + missing > self.max_blocks:
+            raise OutOfBlocks(
+                f"the key-value cache is full: {count} more blocks of "
+                f"{self.layout.config.block_size} tokens are needed, {self.num_used} of "
+                f"{self.max_blocks} are in use"
+            )
+        self._grow(missing)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` blocks out of the pool, which grows where it must: see ``reserve``."""
+        self.reserve(count)
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._users[block] = 1
         return taken
 
+    def share(self, blocks: list[int]) -> None:
+        """One block table more holds ``blocks``."""
+        for block in blocks:
+            self._users[block] += 1
+
+    def is_shared(self, block: int) -> bool:
+        """Whether several block tables hold ``block``."""
+        self._collect()
+        return self._users[block] > 1
+
     def release(self, blocks: list[int]) -> None:
-        """Give blocks back."""
-        self._free = sorted(self._free + blocks)
+        """One block table less holds ``blocks``."""
+        for block in blocks:
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free.append(block)
+
+    def drop(self, blocks: list[int]) -> None:
+        """Release ``blocks`` soon: for what is called at any moment, in any thread."""
+        self._dropped.append(blocks)
+
+    def _collect(self) -> None:
+        while self._dropped:
+            self.release(self._dropped.popleft())
+
+    def copy(self, block: int) -> int:
+        """A new block with the pages of ``block``."""
+        (new,) = self.allocate(1)
+        self.put([new], self.pages[block : block + 1])
+        return new
+
+    def put(self, blocks: list[int], pages: mx.array) -> None:
+        """Write whole blocks: uint8 ``(len(blocks), num_kv_heads, page_bytes)``."""
+        self.pages = _scatter(self.pages, pages, mx.array(blocks, mx.int32))
 
     def adopt(self, pages: mx.array, used: list[int]) -> None:
-        """Take over ``pages`` as they were saved, with the blocks in use."""
-        self.pages = pages
-        self._free = sorted(set(range(self.num_blocks)) - set(used))
+        """Take over ``pages`` as they were saved, with the blocks in use, each by one table."""
+        self.pages, self._users = pages, [0] * pages.shape[0]
+        self.share(used)
+        self._free = [b for b in reversed(range(pages.shape[0])) if not self._users[b]]
 
-    def write(self, slot_mapping: Sequence[int], rows: mx.array) -> None:
+    def write(self, slot_mapping: Slots, rows: mx.array) -> None:
         """Scatter rows into their slots, in place where nobody else holds ``pages``.
 
         Args:
-            slot_mapping: for each token, block * block_size + place in the block.
-            rows: uint8 ``(num_kv_heads, num_tokens, row_bytes)``.
+            slot_mapping: of B sequences, the slots of L new tokens each.
+            rows: uint8 ``(B, num_kv_heads, L, row_bytes)``.
         """
-        where = places(tuple(slot_mapping), self.num_kv_heads, self.layout)
+        where = places(slot_mapping, self.num_kv_heads, self.layout)
         self.pages = _scatter(self.pages, rows, *where)
 
     def read(self, blocks: list[int]) -> mx.array:
         """Gather the pages of ``blocks``: uint8 ``(num_kv_heads, len(blocks), page_bytes)``."""
         return self.pages[mx.array(blocks, mx.int32)].swapaxes(0, 1)
 
+    def compact(self) -> None:
+        """Give free blocks back where they are more than two thirds, and not just a few."""
+        step = GROWTH_TOKENS // self.layout.config.block_size
+        if self.num_free <= 2 * max(self.num_used, step):
+            return
+        tables = list(self.tables)  # held, so that none is dropped while numbers change
+        self._collect()
+        kept = sorted({block for table in tables for block in table.blocks})
+        moved = {block: new for new, block in enumerate(kept)}
+        users = [self._users[block] for block in kept]
+        self.adopt(self.pages[mx.array(kept, mx.int32)], [])
+        self._users, self._free = users, []
+        for table in tables:
+            table.renumber(moved)
+
     def _grow(self, missing: int) -> None:
         step = GROWTH_TOKENS // self.layout.config.block_size
-        more = -(-missing // step) * step
-        self._free += range(self.num_blocks, self.num_blocks + more)
+        more = max(-(-missing // step) * step, int(self.num_blocks * GROWTH_SHARE))
+        if self.max_blocks is not None:
+            more = min(more, self.max_blocks - self.num_blocks)
+        self._free += reversed(range(self.num_blocks, self.num_blocks + more))
+        self._users += [0] * more
         new = mx.zeros((more, *self.pages.shape[1:]), mx.uint8)
         self.pages = mx.concatenate([self.pages, new]) if self.num_blocks else new
 
 
 class BlockTable:
-    """The blocks of one sequence, in order, and how many tokens they hold."""
+    """The blocks of one sequence, in order, and how many tokens they hold.
+
+    Attributes:
+        pool: where the blocks are.
+        blocks: the blocks.
+        num_tokens: tokens that they hold.
+        unchanged: how many of the first blocks are those that a reader saw who set this.
+    """
 
     def __init__(self, pool: PagePool):
         self.pool = pool
         self.blocks: list[int] = []
         self.num_tokens = 0
-        self._block_table: mx.array | None = None
+        self.unchanged = 0
+        pool.tables.add(self)
+
+    def __del__(self):
+        self.pool.drop(self.blocks)
 
     @property
     def _block_size(self) -> int:
         return self.pool.layout.config.block_size
 
-    @property
-    def block_table(self) -> mx.array:
-        """The blocks as kernels take them: int32 ``(1, max_blocks)``, padded with zeros."""
-        if self._block_table is None:
-            # A power of two, so that shapes, and what is compiled for them, seldom change.
-            max_blocks = max(64, 1 << (len(self.blocks) - 1).bit_length())
-            padded = [*self.blocks, *[0] * (max_blocks - len(self.blocks))]
-            self._block_table = mx.array([padded], mx.int32)
-        return self._block_table
+    def fork(self) -> BlockTable:
+        """Another table of the same tokens. Blocks are shared until one of the two writes."""
+        other = BlockTable(self.pool)
+        other.hold(list(self.blocks), self.num_tokens)
+        self.pool.share(self.blocks)
+        return other
+
+    def moved(self, pool: PagePool) -> BlockTable:
+        """A table of the same tokens in another pool: itself where it is there already."""
+        if self.pool is pool:
+            return self
+        other = BlockTable(pool)
+        other.hold(pool.allocate(len(self.blocks)), self.num_tokens)
+        if self.blocks:
+            pool.put(other.blocks, self.pool.read(self.blocks).swapaxes(0, 1))
+        return other
 
     def hold(self, blocks: list[int], num_tokens: int) -> None:
-        """Take over blocks as they were saved, in order, and how many tokens they hold."""
-        self.blocks, self.num_tokens, self._block_table = blocks, num_tokens, None
+        """Take over blocks, in order, and how many tokens they hold."""
+        self.blocks, self.num_tokens, self.unchanged = blocks, num_tokens, 0
 
-    def append(self, rows: mx.array) -> None:
-        """Store the rows of new tokens: uint8 ``(num_kv_heads, num_tokens, row_bytes)``."""
-        self.pool.write(self.extend(rows.shape[1]), rows)
+    def renumber(self, moved: dict[int, int]) -> None:
+        """The pool has given its blocks other numbers."""
+        self.hold([moved[block] for block in self.blocks], self.num_tokens)
+
+    def missing(self, count: int) -> int:
+        """Blocks that ``extend(count)`` will allocate."""
+        more = -(-(self.num_tokens + count) // self._block_size) - len(self.blocks)
+        return more + (count > 0 and self._writes_to_shared())
+
+    def _writes_to_shared(self) -> bool:
+        """Whether the next token goes to a block that another table holds too."""
+        return self.num_tokens % self._block_size > 0 and self.pool.is_shared(self.blocks[-1])
 
     def extend(self, count: int) -> tuple[int, ...]:
-        """Make room for ``count`` more tokens; returns their slot mapping."""
-        size, start, end = self._block_size, self.num_tokens, self.num_tokens + count
-        missing = -(-end // size) - len(self.blocks)
-        if missing:
-            self._add(self.pool.allocate(missing))
-        self.num_tokens = end
-        return tuple(self.blocks[i // size] * size + i % size for i in range(start, end))
+        """Make room for ``count`` more tokens; returns their slots.
 
-    def _add(self, blocks: list[int]) -> None:
-        old, new = len(self.blocks), len(self.blocks) + len(blocks)
-        self.blocks += blocks
-        if self._block_table is not None and new <= self._block_table.shape[1]:
-            self._block_table[0, old:new] = mx.array(blocks, mx.int32)
-        else:
-            self._block_table = None
+        Raises:
+            OutOfBlocks: the pool is full; nothing has changed.
+        """
+        self.pool.reserve(self.missing(count))
+        if count and self._writes_to_shared():
+            shared, self.blocks[-1] = self.blocks[-1], self.pool.copy(self.blocks[-1])
+            self.pool.release([shared])
+            self.unchanged = min(self.unchanged, len(self.blocks) - 1)
+        self.blocks += self.pool.allocate(self.missing(count))
+        size, start = self._block_size, self.num_tokens
+        self.num_tokens += count
+        return tuple(
+            self.blocks[i // size] * size + i % size for i in range(start, self.num_tokens)
+        )
+
+    def append(self, rows: mx.array) -> None:
+        """Store the rows of new tokens: uint8 ``(num_kv_heads, L, row_bytes)``."""
+        self.pool.write((self.extend(rows.shape[1]),), rows[None])
 
     def read(self, num_tokens: int) -> mx.array:
         """Pages that hold the first tokens: uint8 ``(num_kv_heads, num_pages, page_bytes)``."""
         return self.pool.read(self.blocks[: -(-num_tokens // self._block_size)])
 
-    def compact(self) -> None:
-        """Shrink the pool to this table's blocks where most of it is free. No other may use it."""
-        if self.pool.num_free * self._block_size > 2 * GROWTH_TOKENS:
-            pages = self.pool.pages[mx.array(self.blocks, mx.int32)]
-            self.hold(list(range(len(self.blocks))), self.num_tokens)
-            self.pool.adopt(pages, self.blocks)
-
     def trim(self, count: int) -> None:
         """Forget the last ``count`` tokens."""
         self.num_tokens -= count
-        keep = -(-self.num_tokens // self._block_size)
-        if keep < len(self.blocks):
-            self.pool.release(self.blocks[keep:])
-            del self.blocks[keep:]
+        self._keep(slice(0, -(-self.num_tokens // self._block_size)))
 
     def evictable(self, count: int) -> int:
         """How many tokens ``evict`` drops to make room for ``count``: whole blocks only."""
@@ -188,10 +320,13 @@ class BlockTable:
         (attention sinks, arXiv:2309.17453).
         """
         dropped = self.evictable(count)
-        if not dropped:
-            return
-        gone = slice(1, 1 + dropped // self._block_size)
-        self.pool.release(self.blocks[gone])
-        del self.blocks[gone]
-        self._block_table = None
         self.num_tokens -= dropped
+        self._keep(slice(0, 1), slice(1 + dropped // self._block_size, None))
+
+    def _keep(self, *parts: slice) -> None:
+        kept = [block for part in parts for block in self.blocks[part]]
+        gone = self.blocks[parts[0].stop :][: len(self.blocks) - len(kept)]
+        if gone:
+            self.unchanged = min(self.unchanged, parts[0].stop)
+            self.blocks = kept
+            self.pool.release(gone)

@@ -1,84 +1,146 @@
-"""The last tokens of a sequence as they came: a ring beside the pages.
+"""The last tokens of sequences as they came: a ring beside the pages.
 
 Pages always hold every token, so the ring may be dropped at any time: nothing stored is lost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
 TAIL = 32  # tokens
+FEW = 8  # tokens of a chunk that decoding kernels take, and that can be trimmed without a loss
 
 
 class Tail:
-    """A ring of keys and values; the token of sequence index i lies in slot i mod ``TAIL``.
+    """Rings of keys and values, one a sequence; the token of index i lies in slot i mod ``TAIL``.
 
     Attributes:
-        arrays: keys and values, ``(num_kv_heads, TAIL, head_dim)`` each in the model's dtype,
+        arrays: keys and values, ``(B, num_kv_heads, TAIL, head_dim)`` each in the model's dtype,
             or None while there are none.
-        length: how many of the sequence's last tokens the ring holds.
+        lengths: how many of each sequence's last tokens its ring holds.
     """
 
-    def __init__(self):
+    def __init__(self, count: int = 1):
         self.arrays: tuple[mx.array, mx.array] | None = None
-        self.length = 0
+        self.lengths = [0] * count
+        self._before: tuple[tuple, list[int], int] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(x.nbytes for x in self.arrays) if self.arrays else 0
 
-    def push(self, keys: mx.array, values: mx.array, start: int) -> None:
-        """Take up new tokens, ``(num_kv_heads, L, head_dim)``, from sequence index ``start``."""
+    def push(self, keys: mx.array, values: mx.array, starts: Sequence[int]) -> None:
+        """Take up new tokens, ``(B, num_kv_heads, L, head_dim)``, from these sequence indices."""
         new = keys, values
         self.prepare(*new)
-        source = sources(start, keys.shape[1])
-        self.hold(tuple(map(pushed, self.arrays, new, [source] * 2)), keys.shape[1])
+        source = sources(tuple(starts), keys.shape[2])
+        self.hold(tuple(map(pushed, self.arrays, new, [source] * 2)), keys.shape[2])
 
     def prepare(self, keys: mx.array, values: mx.array) -> None:
         """Allocate arrays that fit new tokens, where there are none."""
         if self.arrays is None:
-            shape = (keys.shape[0], TAIL, keys.shape[2])
+            shape = (*keys.shape[:2], TAIL, keys.shape[3])
             self.arrays = mx.zeros(shape, keys.dtype), mx.zeros(shape, values.dtype)
 
     def hold(self, arrays: tuple[mx.array, mx.array], new: int) -> None:
-        """Take over arrays to which ``new`` tokens were added."""
-        self.arrays, self.length = arrays, min(self.length + new, TAIL)
+        """Take over arrays to which ``new`` tokens of each sequence were added."""
+        # Of a few tokens some may be trimmed soon: drafts that the model refuses.
+        self._before = (self.arrays, self.lengths, new) if 1 < new <= FEW else None
+        self.arrays, self.lengths = arrays, [min(n + new, TAIL) for n in self.lengths]
 
-    def ordered(self, num_tokens: int) -> tuple[mx.array, ...]:
-        """Keys and values of the last ``length`` of ``num_tokens`` tokens, oldest first."""
-        slots = mx.array(np.arange(num_tokens - self.length, num_tokens, dtype=np.uint32) % TAIL)
-        return tuple(mx.take(x, slots, axis=1) for x in self.arrays or ())
+    def ordered(self, which: int, num_tokens: int) -> tuple[mx.array, ...]:
+        """Keys and values of the last of ``num_tokens`` tokens of a sequence, oldest first.
 
-    def trim(self, count: int) -> None:
-        """Forget the last ``count`` tokens."""
-        self.length = max(self.length - count, 0)
+        Returns:
+            Two arrays ``(num_kv_heads, lengths[which], head_dim)``, or none.
+        """
+        first = num_tokens - self.lengths[which]
+        slots = mx.array(np.arange(first, num_tokens, dtype=np.uint32) % TAIL)
+        return tuple(mx.take(x[which], slots, axis=1) for x in self.arrays or ())
 
-    def shift(self, count: int, remaining: int) -> None:
-        """Older tokens were dropped from the sequence.
+    def trim(self, count: int, ends: Sequence[int]) -> None:
+        """Forget the last ``count`` tokens of sequences that had ``ends`` tokens.
+
+        Where those belong to the last chunk and it was of at most ``FEW`` tokens, what they took
+        the place of comes back.
+        """
+        if self._before and count <= self._before[2]:
+            earlier, lengths, new = self._before
+            ages = (np.array(ends)[:, None] - 1 - np.arange(TAIL)) % TAIL  # of the slots' tokens
+            gone = mx.array(ages < count)[:, None, :, None]
+            self.arrays = tuple(
+                mx.where(gone, old, now) for old, now in zip(earlier, self.arrays, strict=True)
+            )
+            self._before = earlier, lengths, new - count
+            self.lengths = [min(n + new - count, TAIL) for n in lengths]
+        else:
+            self._before = None
+            self.lengths = [max(n - count, 0) for n in self.lengths]
+
+    def shift(self, which: int, count: int, remaining: int) -> None:
+        """Older tokens were dropped from a sequence.
 
         Args:
+            which: the sequence.
             count: how many, by which the index of every later token falls.
             remaining: how many tokens come after the gap.
         """
-        self.length = min(self.length, remaining)
+        self._before = None
+        self.lengths[which] = min(self.lengths[which], remaining)
         if self.arrays and count % TAIL:
-            self.arrays = tuple(mx.roll(x, -count, axis=1) for x in self.arrays)
+            rolled = (mx.roll(x[which], -count, axis=1) for x in self.arrays)
+            self.arrays = tuple(
+                mx.concatenate([x[:which], new[None], x[which + 1 :]])
+                for x, new in zip(self.arrays, rolled, strict=True)
+            )
+
+    def take(self, which: Sequence[int]) -> Tail:
+        """The rings of some sequences."""
+        tail = Tail()
+        tail.lengths = [self.lengths[i] for i in which]
+        if self.arrays:
+            rows = mx.array(list(which), mx.int32)
+            tail.arrays = tuple(x[rows] for x in self.arrays)
+        return tail
+
+    @staticmethod
+    def joined(tails: Sequence[Tail]) -> Tail:
+        """The rings of all sequences of ``tails``."""
+        tail = Tail()
+        tail.lengths = [n for other in tails for n in other.lengths]
+        full = [other.arrays for other in tails if other.arrays]
+        if full:
+            tail.arrays = tuple(
+                mx.concatenate(
+                    [
+                        mx.zeros((len(other.lengths), *like.shape[1:]), like.dtype)
+                        if other.arrays is None
+                        else other.arrays[i]
+                        for other in tails
+                    ]
+                )
+                for i, like in enumerate(full[0])
+            )
+        return tail
 
 
 def pushed(ring: mx.array, new: mx.array, source: mx.array) -> mx.array:
-    """A ring ``(num_kv_heads, TAIL, head_dim)`` with the last of some new tokens in their slots."""
-    new = new[:, max(new.shape[1] - TAIL, 0) :]
-    return mx.take(mx.concatenate([ring, new.astype(ring.dtype)], axis=1), source, axis=1)
+    """Rings ``(B, num_kv_heads, TAIL, head_dim)`` with the last of new tokens in their slots."""
+    new = new[:, :, max(new.shape[2] - TAIL, 0) :]
+    both = mx.concatenate([ring, new.astype(ring.dtype)], axis=2)
+    return mx.take_along_axis(both, source[:, None, :, None], axis=2)
 
 
 @lru_cache(maxsize=64)
-def sources(start: int, length: int) -> mx.array:
-    """Which of the old slots, then the new tokens, goes to each slot: uint32 ``(TAIL,)``."""
+def sources(starts: tuple[int, ...], length: int) -> mx.array:
+    """Which of the old slots, then the new tokens, goes to each slot: uint32 ``(B, TAIL)``."""
     last = min(length, TAIL)
-    source = np.arange(TAIL, dtype=np.uint32)
-    source[np.arange(start + length - last, start + length) % TAIL] = TAIL + np.arange(last)
+    source = np.tile(np.arange(TAIL, dtype=np.uint32), (len(starts), 1))
+    for row, start in zip(source, starts, strict=True):
+        row[np.arange(start + length - last, start + length) % TAIL] = TAIL + np.arange(last)
     return mx.array(source)

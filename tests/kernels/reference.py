@@ -132,7 +132,7 @@ class Case:
                     scales |= (rng.random(scales.shape) < centring.flagged).astype(np.uint16) << 15
                 place = np.arange(length)
                 slots = table[i, place // block_size] * block_size + place % block_size
-                self.pool.write(slots, mx.array(rows_))
+                self.pool.write((tuple(slots.tolist()),), mx.array(rows_)[None])
         self.paged = list(lengths)
         self.block_table = mx.array(table)
         self.centre = centring and centring.centre(rng, num_kv_heads, head_dim)

@@ -239,20 +239,22 @@ class TestTail:
 
         keys, values, *old = random(count, 0), random(count, 1), random(TAIL, 2), random(TAIL, 3)
         page, where = layout(4, 4, head_dim), start(7, index)
-        rows, *new = store(keys, values, tuple(old), page, start=where, execute=execute)
-        source = sources(index, count)
-        for found, ring, fresh in zip(new, old, (keys, values), strict=True):
+        fresh, old = (keys[None], values[None]), [x[None] for x in old]
+        rows, *new = store(*fresh, tuple(old), page, starts=where[None], execute=execute)
+        source = sources((index,), count)
+        for found, *parts in zip(new, old, fresh, strict=True):
             assert found.dtype == dtype
-            assert mx.array_equal(found, pushed(ring, fresh, source))
-        assert mx.array_equal(rows, encode(keys, values, page, execute))
+            assert mx.array_equal(found, pushed(*parts, source))
+        assert mx.array_equal(rows[0], encode(keys, values, page, execute))
 
     def test_with_a_centre(self, execute):
         page, centre = layout(), centres.random(2, 64)
         keys, values = centres.typical(centre, 9, first=20)
-        old = tuple(mx.random.normal((2, TAIL, 64), key=mx.random.key(i)) for i in range(2))
-        options = {"start": start(20, 20), "centre": centre}
-        rows, *new = store(keys, values, old, page, **options, execute=execute)
-        source = sources(20, 9)
-        assert mx.array_equal(rows, encode(keys, values, page, execute, **options))
-        assert mx.array_equal(new[0], pushed(old[0], keys, source))
-        assert mx.array_equal(new[1], pushed(old[1], values, source))
+        old = tuple(mx.random.normal((1, 2, TAIL, 64), key=mx.random.key(i)) for i in range(2))
+        fresh, where = (keys[None], values[None]), start(20, 20)
+        options = {"centre": centre, "execute": execute}
+        rows, *new = store(*fresh, old, page, starts=where[None], **options)
+        source = sources((20,), 9)
+        assert mx.array_equal(rows[0], encode(keys, values, page, start=where, **options))
+        for found, *parts in zip(new, old, fresh, strict=True):
+            assert mx.array_equal(found, pushed(*parts, source))

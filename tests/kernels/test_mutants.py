@@ -138,17 +138,23 @@ def encodes_zeros():
 
 
 def stores(bits, head_dim, *, tokens=40, index=7, uncentred=3):
-    """With a centre and a tail; the first tokens keep their means."""
+    """Two sequences with a centre and tails; the first tokens keep their means."""
     page, centre = PageLayout(TurboQuantConfig(*bits), head_dim), centres.random(2, head_dim)
-    keys, values = centres.typical(centre, tokens)
-    ring = [mx.random.normal((2, TAIL, head_dim), key=mx.random.key(i)) for i in range(2)]
-    options = {"start": mx.array([0, index], mx.int32), "centre": centre, "uncentred": uncentred}
-    rows, *found = store(keys, values, ring, page, **options, execute=run)
-    source = sources(index, tokens)
-    expected = [pushed(*x, source) for x in zip(ring, (keys, values), strict=True)]
-    positions = mx.arange(tokens)
-    oracles = [codec.encode(keys, values, page, x, positions) for x in (centre.without_mu, centre)]
-    oracle = mx.concatenate([oracles[0][:, :uncentred], oracles[1][:, uncentred:]], axis=1)
+    places, indices = (0, 500), (index, index + 18)
+    pairs = [centres.typical(centre, tokens, first, first) for first in places]
+    fresh = [mx.stack(x) for x in zip(*pairs, strict=True)]
+    rings = [mx.random.normal((2, 2, TAIL, head_dim), key=mx.random.key(i)) for i in range(2)]
+    starts = mx.array(list(zip(places, indices, strict=True)), mx.int32)
+    options = {"starts": starts, "centre": centre, "uncentred": uncentred}
+    rows, *found = store(*fresh, rings, page, **options, execute=run)
+    source = sources(indices, tokens)
+    expected = [pushed(*x, source) for x in zip(rings, fresh, strict=True)]
+    oracle = []
+    for pair, first in zip(pairs, places, strict=True):
+        positions = mx.arange(first, first + tokens)
+        every = [codec.encode(*pair, page, x, positions) for x in (centre.without_mu, centre)]
+        oracle.append(mx.concatenate([every[0][:, :uncentred], every[1][:, uncentred:]], axis=1))
+    oracle = mx.stack(oracle)
     same = (rows == oracle).all(axis=-1).astype(mx.float32).mean().item()
     flags = (x[..., page.code_bytes + 1 :: 2] >= 128 for x in (rows, oracle))
     tails_same = all(mx.array_equal(*x) for x in zip(found, expected, strict=True))

@@ -79,18 +79,33 @@ def test_a_nan_reaches_the_scale_of_its_own_vector(execute):
     ]
 
 
-@pytest.mark.parametrize("index", [0, 5, 31, 1000])
+@pytest.mark.parametrize("indices", [(0,), (31,), (5, 1000), (7, 0, 38, 31, 64)])
 @pytest.mark.parametrize("length", [1, 8, 32, 33, 100])
 @pytest.mark.parametrize(("heads", "head_dim", "dtype"), [(3, 64, mx.float16), (1, 80, mx.float32)])
-def test_the_tail_takes_up_the_last_tokens(heads, head_dim, dtype, length, index, execute):
-    page, shape = layout(head_dim), (heads, length, head_dim)
+def test_tails_take_up_the_last_tokens(heads, head_dim, dtype, length, indices, execute):
+    page, batch = layout(head_dim), len(indices)
+    shapes = [*[(batch, heads, length, head_dim)] * 2, *[(batch, heads, TAIL, head_dim)] * 2]
     keys, values, *tail = (
-        mx.random.normal(s, key=mx.random.key(i)).astype(dtype)
-        for i, s in enumerate([shape, shape, *[(heads, TAIL, head_dim)] * 2])
+        mx.random.normal(s, key=mx.random.key(i)).astype(dtype) for i, s in enumerate(shapes)
     )
-    start = mx.array([0, index], mx.int32)
-    rows, *found = store(keys, values, tail, page, start=start, execute=execute)
-    source = sources(index, length)
+    starts = mx.array([[0, index] for index in indices], mx.int32)
+    rows, *found = store(keys, values, tail, page, starts=starts, execute=execute)
+    source = sources(indices, length)
     expected = [pushed(*x, source) for x in zip(tail, (keys, values), strict=True)]
     assert all(mx.array_equal(*x) for x in zip(found, expected, strict=True))
-    assert mx.array_equal(rows, encode(keys, values, page, execute))
+    for i in range(batch):
+        assert mx.array_equal(rows[i], encode(keys[i], values[i], page, execute))
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("places", [(70, 3), (0, 131_071, 9, 40, 1_000_000)])
+def test_each_sequence_has_positions_of_its_own(places, length, execute):
+    page, centre = layout(), centres.random(2, 64)
+    pairs = [centres.typical(centre, length, first, first) for first in places]
+    keys, values = (mx.stack(x) for x in zip(*pairs, strict=True))
+    tail = (mx.zeros((len(places), 2, TAIL, 64)),) * 2
+    starts = mx.array([[first, 0] for first in places], mx.int32)
+    options = {"centre": centre, "uncentred": 1, "execute": execute}
+    rows, *_ = store(keys, values, tail, page, starts=starts, **options)
+    for i, pair in enumerate(pairs):
+        assert mx.array_equal(rows[i], encode(*pair, page, start=starts[i], **options))

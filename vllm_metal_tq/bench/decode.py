@@ -146,7 +146,7 @@ def _random_pages(num_blocks: int, kv_heads: int, layout: PageLayout) -> mx.arra
     rows = codec.encode(mx.random.normal(shape), mx.random.normal(shape), layout)
     pool = PagePool(layout, kv_heads)
     pool.allocate(ENCODED_BLOCKS)
-    pool.write(np.arange(ENCODED_BLOCKS * size), rows)
+    pool.write((tuple(range(ENCODED_BLOCKS * size)),), rows[None])
     return pool.pages[mx.random.randint(0, ENCODED_BLOCKS, (num_blocks,))]
 
 

@@ -30,12 +30,19 @@ def encode(
     values: mx.array,
     layout: PageLayout,
     execute: Executor = on_gpu,
+    *,
+    start: mx.array | None = None,
     **centring,
 ) -> mx.array:
-    """Compress the keys and values of some tokens: ``store`` without a tail."""
+    """Compress tokens of one sequence, ``(num_kv_heads, L, head_dim)``: ``store`` without a tail.
+
+    Args and result are those of ``store``, less the first dimension.
+    """
     heads, _, head_dim = keys.shape
-    tail = (mx.zeros((heads, TAIL, head_dim), keys.dtype),) * 2
-    return store(keys, values, tail, layout, execute=execute, **centring)[0]
+    tail = (mx.zeros((1, heads, TAIL, head_dim), keys.dtype),) * 2
+    starts = None if start is None else start[None]
+    new = keys[None], values[None]
+    return store(*new, tail, layout, starts=starts, execute=execute, **centring)[0][0]
 
 
 def store(
@@ -44,12 +51,12 @@ def store(
     tail: tuple[mx.array, mx.array],
     layout: PageLayout,
     *,
-    start: mx.array | None = None,
+    starts: mx.array | None = None,
     centre: Centre | None = None,
     uncentred: int = 0,
     execute: Executor = on_gpu,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Compress the keys and values of some tokens, and put the last of them into the tail.
+    """Compress the keys and values of new tokens, and put the last of them into the tails.
 
     The rows are those of ``codec.encode`` up to rounding, and the tail that of ``tail.pushed``.
     What cannot be encoded is not refused, because the host would have to wait for the answer: a
@@ -57,29 +64,30 @@ def store(
     that is NaN.
 
     Args:
-        keys: ``(num_kv_heads, num_tokens, head_dim)``, float32, float16 or bfloat16, after RoPE.
+        keys: ``(B, num_kv_heads, L, head_dim)``, float32, float16 or bfloat16, after RoPE.
         values: the same shape and dtype.
-        tail: keys and values, ``(num_kv_heads, TAIL, head_dim)`` each.
+        tail: keys and values, ``(B, num_kv_heads, TAIL, head_dim)`` each.
         layout: the page layout.
-        start: int32 ``(2,)``, position and index in the sequence of the first token; None is 0, 0.
+        starts: int32 ``(B, 2)``, position and index in its sequence of the first token of each;
+            None is zeros.
         centre: calibration of the layer, or None.
-        uncentred: how many tokens, the first ones, get no flag f.
+        uncentred: how many tokens of each sequence, the first ones, get no flag f.
         execute: what runs the launch.
 
     Returns:
-        Rows, uint8 ``(num_kv_heads, num_tokens, row_bytes)``, and keys and values of the new tail.
+        Rows, uint8 ``(B, num_kv_heads, L, row_bytes)``, and keys and values of the new tails.
 
     Raises:
         ValueError: the layout has more than ``MAX_DIM`` dimensions.
     """
     if layout.dim > MAX_DIM:
         raise ValueError(f"{layout.dim} dimensions are too many: encode takes {MAX_DIM}")
-    heads, num_tokens, head_dim = keys.shape
-    dim, count = layout.dim, heads * num_tokens
+    batch, heads, length, head_dim = keys.shape
+    dim, count = layout.dim, batch * heads * length
     share = _share(dim, count)
     at_once = SIMDGROUPS * 32 * share // dim
     wide = head_dim * keys.dtype.size % 16 == 0  # 16 bytes are copied at a time
-    words = heads * TAIL * (head_dim * keys.dtype.size // 16 if wide else head_dim)
+    words = batch * heads * TAIL * (head_dim * keys.dtype.size // 16 if wide else head_dim)
     groups = -(-count // at_once) + -(-words // (COPIED * SIMDGROUPS * 32))
     sign_bits, numbers, halves = _tables(layout)
     # Not read without a centre, but of the same types and address space.
@@ -91,8 +99,8 @@ def store(
             "values": values,
             "tail_keys": tail[0].astype(keys.dtype),
             "tail_values": tail[1].astype(keys.dtype),
-            "count": integers(count, num_tokens, uncentred),
-            "start": integers(0, 0) if start is None else start,
+            "count": integers(count, length, uncentred, heads),
+            "starts": integers(*[0] * 2 * batch) if starts is None else starts,
             "signs": sign_bits,
             "numbers": numbers,
             "halves": halves,
@@ -118,7 +126,7 @@ def store(
             **plane_constants(layout),
         },
         outputs={
-            "rows": ((heads, num_tokens, layout.row_bytes), mx.uint8),
+            "rows": ((batch, heads, length, layout.row_bytes), mx.uint8),
             "next_keys": (tail[0].shape, keys.dtype),
             "next_values": (tail[1].shape, keys.dtype),
         },

@@ -262,7 +262,7 @@ def _written(rows: mx.array, layout: PageLayout, slots: np.ndarray, num_blocks: 
     pool = PagePool(layout, KV_HEADS)
     pages = mx.full((num_blocks, KV_HEADS, layout.page_bytes), 0xFF, mx.uint8)
     pool.adopt(pages, list(range(num_blocks)))
-    pool.write(slots, rows)
+    pool.write((tuple(int(slot) for slot in slots),), rows[None])
     return pool.pages
 
 

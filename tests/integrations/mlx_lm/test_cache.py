@@ -17,6 +17,8 @@ from vllm_metal_tq import (
 from vllm_metal_tq.centre import Centre
 from vllm_metal_tq.config import PRESETS
 from vllm_metal_tq.integrations.mlx_lm import hook
+from vllm_metal_tq.layout import PageLayout
+from vllm_metal_tq.pages import PagePool
 from vllm_metal_tq.tail import TAIL, Tail
 
 
@@ -31,6 +33,12 @@ def centre():
     mu, m = (0.5 * mx.random.normal((2, 64), key=mx.random.key(i)) for i in (1, 2))
     t = mx.exp(0.3 * mx.random.normal((2, 32), key=mx.random.key(3)))
     return Centre(rope.probe(nn.RoPE(64), 64).pairs, mu, mx.concatenate([t, t], axis=1), m)
+
+
+def table(cache):
+    """The block table of a cache's only sequence."""
+    (only,) = cache.sequences.tables
+    return only
 
 
 def logits(model, cache, chunks):
@@ -84,7 +92,7 @@ def test_equal_chunks_give_equal_logits_whatever_the_blocks(model):
 def windowed(model, raw_window, centre=None):
     cache = make_prompt_cache(model, TurboQuantConfig(3, 3))
     for layer in cache:
-        layer.raw_window, layer.centre = raw_window, centre
+        layer.sequences.raw_window, layer.sequences.centre = raw_window, centre
     return cache
 
 
@@ -106,7 +114,7 @@ def test_a_raw_window_of_one_is_decoding_without_a_tail(model):
     for i in range(60):
         single.append(model(sequence[:, i : i + 1], cache=cache))
         for layer in cache:
-            layer.tail = Tail()
+            layer.sequences.tail = Tail()
     assert mx.abs(at_once - mx.concatenate(single, axis=1)).max().item() < 1e-4
 
 
@@ -125,7 +133,7 @@ def test_a_long_prompt_in_steps_equals_the_same_chunks(model):
     by_hand = make_prompt_cache(model)
     logits(model, by_hand, chunked(prompt, 32, 32, 5, 1))
     for a, b in zip(stepped, by_hand, strict=True):
-        assert np.array_equal(rows_of(a.table, 70), rows_of(b.table, 70))
+        assert np.array_equal(rows_of(table(a), 70), rows_of(table(b), 70))
 
 
 def test_trimming_goes_back_to_the_earlier_state(model):
@@ -134,7 +142,7 @@ def test_trimming_goes_back_to_the_earlier_state(model):
     model(prompt, cache=cache)
     earlier = copy.deepcopy(cache)
     for layer in earlier:
-        layer.tail.length -= 10  # slots that the ten tokens take
+        layer.sequences.tail.lengths = [TAIL - 10]  # slots that the ten tokens take
     expected = model(tokens(5, seed=2), cache=earlier)
     model(more, cache=cache)
     assert host.can_trim_prompt_cache(cache)
@@ -155,11 +163,11 @@ def test_a_copy_is_independent(model):
     cache = make_prompt_cache(model)
     model(tokens(20), cache=cache)
     other = copy.deepcopy(cache)
-    before = rows_of(other[0].table, 20)
+    before = rows_of(table(other[0]), 20)
     model(tokens(20, seed=5), cache=cache)
     assert other[0].offset == 20
-    assert other[0].tail.length == 20
-    assert np.array_equal(rows_of(other[0].table, 20), before)
+    assert other[0].sequences.tail.lengths == [20]
+    assert np.array_equal(rows_of(table(other[0]), 20), before)
 
 
 def test_decoding_does_not_allocate_an_uncompressed_cache():
@@ -172,7 +180,7 @@ def test_decoding_does_not_allocate_an_uncompressed_cache():
     mx.reset_peak_memory()
     mx.eval(model(tokens(1), cache=cache))
     # One layer in float32 and its working set.
-    assert mx.get_peak_memory() - before < 0.5 * sum(c.nbytes_bf16 for c in cache)
+    assert mx.get_peak_memory() - before < 0.5 * sum(c.pool.nbytes_bf16 for c in cache)
 
 
 def test_without_the_hook_attention_says_so():
@@ -195,12 +203,12 @@ class TestMaxKvSize:
     def test_old_blocks_are_dropped_and_the_first_stays(self, model):
         cache = make_prompt_cache(model, max_kv_size=48)
         model(tokens(48), cache=cache)
-        first = rows_of(cache[0].table, 16)
+        first = rows_of(table(cache[0]), 16)
         for i in range(40):
             model(tokens(1, seed=i), cache=cache)
             assert cache[0].size() <= 48
         assert cache[0].offset == 88
-        assert np.array_equal(rows_of(cache[0].table, 16), first)
+        assert np.array_equal(rows_of(table(cache[0]), 16), first)
         assert not cache[0].is_trimmable()
 
     def test_a_long_prompt_leaves_no_more_than_the_limit_allocated(self, model):
@@ -218,12 +226,13 @@ class TestMaxKvSize:
         def run(with_tail):
             cache = make_prompt_cache(model, TurboQuantConfig(8, 8), max_kv_size=48)
             for layer in cache:
-                layer.centre = centre if centred else None
+                layer.sequences.centre = centre if centred else None
             out = []
             for chunk in chunks:
                 out.append(model(chunk, cache=cache))
                 for layer in cache:
-                    layer.tail = layer.tail if with_tail else Tail()
+                    if not with_tail:
+                        layer.sequences.tail = Tail()
             return mx.concatenate(out, axis=1)
 
         assert mx.abs(run(True) - run(False)).max().item() < 0.03
@@ -260,21 +269,21 @@ def test_sequences_that_step_together_are_each_attended_as_alone(model, centre, 
 
 class TestBadInput:
     def test_nan_is_refused_and_nothing_is_stored(self):
-        cache = TurboQuantKVCache(TurboQuantConfig(4, 4), 64, 2)
+        cache = TurboQuantKVCache(PagePool(PageLayout(TurboQuantConfig(4, 4), 64), 2))
         good = mx.random.normal((1, 2, 20, 64), key=mx.random.key(0))
         cache.update_and_fetch(good, good)
-        before = rows_of(cache.table, 20)
+        before = rows_of(table(cache), 20)
         bad = mx.array(good)
         bad[0, 1, 3, 5] = float("nan")
         with pytest.raises(ValueError, match="values hold NaN"):
             cache.update_and_fetch(good, bad)
         assert (cache.offset, cache.size()) == (20, 20)
-        assert np.array_equal(rows_of(cache.table, 20), before)
+        assert np.array_equal(rows_of(table(cache), 20), before)
 
     def test_another_batch_than_the_first_is_refused(self, model):
         cache = make_prompt_cache(model)
         model(mx.zeros((2, 5), mx.int32), cache=cache)
-        with pytest.raises(ValueError, match="4 KV heads in all is what this cache holds"):
+        with pytest.raises(ValueError, match="this cache holds 2 sequences of 2 KV heads"):
             model(mx.zeros((3, 1), mx.int32), cache=cache)
 
     def test_a_head_dim_that_cannot_be_rotated_is_refused_before_anything_runs(self):

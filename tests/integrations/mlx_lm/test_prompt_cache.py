@@ -33,7 +33,7 @@ def test_layers_may_have_widths_of_their_own(model):
     config = TurboQuantConfig.from_names("tq4", block_size=32, layers="0=tq8,2=q3_0/q2_0")
     cache = make_prompt_cache(model, config)
     widths = [(8, 6, 32), (4, 4, 32), (3, 2, 32)]
-    assert [c.config for c in cache] == [TurboQuantConfig(*w) for w in widths]
+    assert [c.layout.config for c in cache] == [TurboQuantConfig(*w) for w in widths]
     assert len(greedy(model, cache)) == 12
     with pytest.raises(ValueError, match="there is no layer 3: the model has 3"):
         make_prompt_cache(model, TurboQuantConfig.from_names(layers="2-3=tq8"))
@@ -47,8 +47,10 @@ def test_layers_that_are_not_compressed_count_as_they_are():
     held = report(cache)
     dense = sum(c.nbytes for c in cache[::2])
     assert (held.layers, held.layers_compressed) == (4, 2)
-    assert held.kv_bytes == dense + sum(c.nbytes for c in cache[1::2])
-    assert held.kv_bytes_bf16 == dense + sum(c.nbytes_bf16 for c in cache[1::2])
+    assert held.kv_bytes == dense + sum(
+        c.pool.nbytes + c.sequences.tail.nbytes for c in cache[1::2]
+    )
+    assert held.kv_bytes_bf16 == dense + sum(c.pool.nbytes_bf16 for c in cache[1::2])
 
 
 class TestState:
@@ -85,7 +87,7 @@ class TestState:
             TurboQuantKVCache.from_state((pages, header, *rest))
 
     def test_a_lost_tail_loses_nothing_stored(self, cache):
-        before, cache.tail = cache.state, Tail()
+        before, cache.sequences.tail = cache.state, Tail()
         pages, header, *rest = cache.state
         assert rest == []
         assert mx.array_equal(pages, before[0])

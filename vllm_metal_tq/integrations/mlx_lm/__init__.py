@@ -4,12 +4,15 @@
 script changes.
 """
 
-from .cache import TurboQuantKVCache
+from .cache import BatchTurboQuantKVCache, TurboQuantKVCache
 from .measure import calibrate
+from .pools import CachePools
 from .prompt_cache import CacheReport, make_prompt_cache, report
 from .saved import load_prompt_cache, save_prompt_cache
 
 __all__ = [
+    "BatchTurboQuantKVCache",
+    "CachePools",
     "CacheReport",
     "TurboQuantKVCache",
     "calibrate",

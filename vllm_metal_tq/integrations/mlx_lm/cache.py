@@ -2,68 +2,75 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
+
 import mlx.core as mx
 import mlx_lm.models.cache as host
 
-from ... import attention, dispatch
-from ...centre import Centre, tiled
+from ...attention import Mask
+from ...centre import Centre
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
-from ...pages import BlockTable, PagePool
-from ...tail import TAIL, Tail
+from ...pages import PagePool
+from ...sequences import Sequences
+from ...tail import TAIL
 
-STATE_VERSION = 2
-FEW = 8  # tokens of a chunk that decoding kernels take
+STATE_VERSION = 3
 
 
 class TurboQuantKVCache(host._BaseCache):
     """The keys and values of one layer, compressed in pages.
 
-    It holds one sequence, or a batch of sequences that take every step together: to the pages
-    these are one sequence with more KV heads.
-
-    ``update_and_fetch`` stores a chunk and hands it back as it came. The attention that follows
-    (see ``hook``) sees recent tokens as they came and everything older through the pages: for a
-    chunk of up to ``FEW`` tokens the last ``TAIL``, the chunk among them; for a longer one the
-    chunk and ``TAIL`` before it.
+    It holds one sequence, or several that take every step together. ``update_and_fetch`` stores a
+    chunk and hands it back as it came; the attention that follows (see ``hook``) goes through
+    ``attend``. A deep copy is a fork: it shares the pages until one of the two writes.
 
     Args:
-        config: widths and block size.
-        head_dim: elements of a key and of a value.
-        num_kv_heads: KV heads of the layer.
+        pool: where the pages are, for all caches of the layer.
+        centre: calibration of the layer, or None.
         max_kv_size: when more are stored, the oldest blocks but the first are dropped before the
             next chunk. None: no limit.
-        raw_window: for measuring quality. When set, each query sees ``raw_window`` tokens, itself
-            included, as they came, and all others through the pages: with ``TAIL`` what decoding
-            token by token sees, with 1 what it would see without the tail.
-        centre: calibration of the layer, or None.
 
     Attributes:
-        offset: tokens seen, which is the position of the next one.
+        sequences: what it holds.
     """
 
     def __init__(
-        self,
-        config: TurboQuantConfig,
-        head_dim: int,
-        num_kv_heads: int,
-        max_kv_size: int | None = None,
-        raw_window: int | None = None,
-        centre: Centre | None = None,
+        self, pool: PagePool, *, centre: Centre | None = None, max_kv_size: int | None = None
     ):
-        least = 2 * config.block_size
+        least = 2 * pool.layout.config.block_size
         if max_kv_size is not None and max_kv_size < least:
             raise ValueError(f"max_kv_size {max_kv_size} is too few: at least {least} (two blocks)")
-        self.config = config
-        self.max_kv_size = max_kv_size
-        self.raw_window = raw_window
-        self.centre = centre
-        self.offset = 0
-        self.tail = Tail()
-        self._before: tuple[mx.array, ...] = ()  # the tail that a long chunk sees before itself
-        self.layout = PageLayout(config, head_dim)
-        self.pool = PagePool(self.layout, num_kv_heads)
-        self.table = BlockTable(self.pool)
+        self.sequences = Sequences(pool, centre=centre, max_kv_size=max_kv_size)
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> TurboQuantKVCache:
+        """A cache that holds ``sequences``."""
+        cache = cls.__new__(cls)
+        cache.sequences = sequences
+        return cache
+
+    def __deepcopy__(self, memo) -> TurboQuantKVCache:
+        other = copy.copy(self)
+        other.sequences = self.sequences.take(range(len(self.sequences)))
+        return other
+
+    @property
+    def pool(self) -> PagePool:
+        """Where the pages are."""
+        return self.sequences.pool
+
+    @property
+    def layout(self) -> PageLayout:
+        """The layout of the pages."""
+        return self.pool.layout
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen, which is the position of the next one."""
+        return self.sequences.offsets[0]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store a chunk, ``(B, num_kv_heads, L, head_dim)`` each, and return it as it came.
@@ -71,50 +78,16 @@ class TurboQuantKVCache(host._BaseCache):
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
                 Layers before this one have stored the chunk: trim them by its length to go on.
+            OutOfBlocks: the pool is full; nothing is stored, in no layer where all have pools
+                with the same budget.
         """
-        if not self.pool.num_blocks and keys.shape[1:2] == (self.pool.num_kv_heads,):
-            # The first chunk says how many sequences there are.
-            self.pool = PagePool(self.layout, keys.shape[0] * keys.shape[1])
-            self.table = BlockTable(self.pool)
-            self.centre = self.centre and tiled(self.centre, keys.shape[0])
-        if keys.ndim != 4 or keys.shape[0] * keys.shape[1] != self.pool.num_kv_heads:
-            raise ValueError(
-                f"keys {keys.shape} do not fit: (B, num_kv_heads, L, head_dim) with "
-                f"{self.pool.num_kv_heads} KV heads in all is what this cache holds"
-            )
-        length = keys.shape[2]
-        # The first block of a limited cache keeps its place when others are dropped, so that its
-        # positions are no longer its indices plus a constant: its keys are stored uncentred.
-        fixed = 0 if self.max_kv_size is None else self.config.block_size
-        dispatch.store(
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            self.table,
-            self.tail,
-            centre=self.centre,
-            position=self.offset,
-            uncentred=max(min(fixed - self.offset, length), 0),
-            make_room=lambda: self._make_room(length),
-        )
-        self.offset += length
+        if self.empty() and keys.shape[0] > 1:  # the first chunk says how many sequences there are
+            options = {"centre": self.sequences.centre, "max_kv_size": self.sequences.max_kv_size}
+            raw_window = self.sequences.raw_window
+            self.sequences = Sequences(self.pool, keys.shape[0], **options)
+            self.sequences.raw_window = raw_window
+        self.sequences.store(keys, values)
         return keys, values
-
-    def _make_room(self, length: int) -> None:
-        if self.max_kv_size is not None:
-            self._evict(self._excess(length))
-        before = self._sees_chunk(length)
-        self._before = self.tail.ordered(self.table.num_tokens) if before else ()
-
-    def _evict(self, count: int) -> None:
-        before = self.table.num_tokens
-        self.table.evict(count)
-        if dropped := before - self.table.num_tokens:
-            self.tail.shift(dropped, self.table.num_tokens - self.config.block_size)
-        self.table.compact()  # gives back what a chunk beyond the limit took
-
-    def _sees_chunk(self, length: int) -> bool:
-        """Whether a chunk sees all of itself and the tail before it, not the last tokens alone."""
-        return length > FEW or self.raw_window is not None
 
     def attend(
         self,
@@ -122,51 +95,16 @@ class TurboQuantKVCache(host._BaseCache):
         keys: mx.array,
         values: mx.array,
         scale: float,
-        mask: attention.Mask,
+        mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attend from a chunk that was just stored; see ``dispatch.attend``."""
-        shape, batch, length = queries.shape, queries.shape[0], keys.shape[2]
-        if batch > 1:
-            if isinstance(mask, mx.array) and mask.ndim == 4:
-                mask = mx.broadcast_to(mask, (*shape[:2], *mask.shape[2:])).flatten(0, 1)[None]
-            sinks = None if sinks is None else mx.tile(sinks, batch)
-            queries, keys, values = (x.flatten(0, 1)[None] for x in (queries, keys, values))
-        options = {
-            "scale": scale,
-            "sinks": sinks,
-            "centre": self.centre,
-            "shift": self.offset - self.table.num_tokens,
-        }
-        if self._sees_chunk(length):
-            attended = self._attend_chunk(queries, keys, values, mask, options)
-        else:
-            attended = dispatch.attend_last(queries, self.table, self.tail, mask=mask, **options)
-        return attended.reshape(shape) if batch > 1 else attended
-
-    def _attend_chunk(self, queries, keys, values, mask: attention.Mask, options: dict) -> mx.array:
-        """Attend from a chunk that sees all of itself, and the tail before it, as they came."""
-        length, num_tokens = keys.shape[2], self.table.num_tokens
-        if self._before:
-            before = (x[None] for x in self._before)
-            recent = zip(before, (keys, values), strict=True)
-            keys, values = (mx.concatenate(x, axis=2) for x in recent)
-        self._before = ()
-        past_length = num_tokens - keys.shape[2]
-        if self.raw_window is not None:
-            mask = attention.decode_mask(mask, length, num_tokens, keys.shape[2], self.raw_window)
-            past_length = num_tokens
-        return dispatch.attend(queries, keys, values, self.table, past_length, mask=mask, **options)
+        """Attend from a chunk that was just stored; see ``Sequences.attend``."""
+        return self.sequences.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""
-        stored = self.table.num_tokens - self.table.evictable(self._excess(N))
+        stored = max(self.sequences.stored_before(N))
         return host.create_attention_mask(N, stored, return_array, window_size)
-
-    def _excess(self, length: int) -> int:
-        if self.max_kv_size is None:
-            return 0
-        return max(self.table.num_tokens + length - self.max_kv_size, 0)
 
     @property
     def bits(self) -> int:
@@ -181,64 +119,90 @@ class TurboQuantKVCache(host._BaseCache):
 
     def is_trimmable(self) -> bool:
         """Whether ``trim`` can restore an earlier state: not once tokens were dropped."""
-        return self.offset == self.table.num_tokens
+        return self.sequences.offsets == self.sequences.lengths
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens, or all where there are fewer; returns how many."""
-        n = max(min(self.table.num_tokens, n), 0)
-        self.table.trim(n)
-        self.tail.trim(n)
-        self.offset -= n
+        n = max(min(*self.sequences.lengths, n), 0)
+        self.sequences.trim(n)
         return n
 
     def size(self) -> int:
-        """Tokens stored."""
-        return self.table.num_tokens
+        """Tokens stored, of the longest sequence."""
+        return max(self.sequences.lengths)
 
     def empty(self) -> bool:
         """Whether no token was seen yet."""
-        return self.offset == 0
+        return not any(self.sequences.offsets)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, the tail's included."""
-        return self.pool.pages.nbytes + self.tail.nbytes
+        """Bytes of the blocks and the tail, those of blocks that other caches share included."""
+        return self.sequences.nbytes
 
-    @property
-    def nbytes_bf16(self) -> int:
-        """Bytes that the same token slots take in bf16."""
-        return self.pool.num_blocks * self.pool.num_kv_heads * self.layout.bf16_page_bytes
+    def filter(self, batch_indices) -> None:
+        """Keep only the sequences with these indices, in their order."""
+        self.sequences.keep(_indices(batch_indices))
+
+    def extract(self, idx: int) -> TurboQuantKVCache:
+        """One sequence, as a cache of its own that shares the blocks."""
+        return TurboQuantKVCache.of(self.sequences.take([idx]))
+
+    @staticmethod
+    def merge(caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
+        """The sequences of all ``caches`` as a batch. Blocks are shared, no page is copied.
+
+        Only caches whose layer has another pool than that of the first are copied to that one.
+        """
+        first, *others = caches
+        batch = first.sequences.take(range(len(first.sequences)))
+        for other in others:
+            batch.extend(other.sequences)
+        return BatchTurboQuantKVCache.of(batch)
+
+    def compacted(self) -> TurboQuantKVCache:
+        """A copy with a pool of its own, which holds nothing else: what is to be saved."""
+        pool = PagePool(self.layout, self.pool.num_kv_heads)
+        sequences = Sequences(
+            pool, 0, centre=self.sequences.centre, max_kv_size=self.sequences.max_kv_size
+        )
+        sequences.extend(self.sequences)
+        return self.of(sequences)
 
     @property
     def state(self) -> tuple[mx.array, ...]:
-        """The pages, one int32 array of numbers, the tail's two arrays, the centre's four.
+        """The pool's pages, one int32 array of numbers, the tail's two arrays, the centre's four.
 
-        The last two parts are there where the cache has them.
+        The last two parts are there where the cache has them, the numbers where it holds one
+        sequence: several cannot be saved.
         """
+        some, pages = self.sequences, self.pool.pages
+        tail = some.tail.arrays if some.tail.arrays else ()
+        if len(some) != 1:
+            return pages, *tail
         header = [
             STATE_VERSION,
-            self.config.k_bits,
-            self.config.v_bits,
-            self.config.block_size,
+            self.layout.config.k_bits,
+            self.layout.config.v_bits,
+            self.layout.config.block_size,
             self.layout.head_dim,
             self.pool.num_kv_heads,
-            self.max_kv_size or 0,
-            self.offset,
-            self.table.num_tokens,
-            self.tail.length,
-            int(self.centre is not None),
+            some.max_kv_size or 0,
+            some.offsets[0],
+            some.lengths[0],
+            some.tail.lengths[0],
+            int(some.centre is not None),
         ]
         # An empty array cannot be saved, so an empty pool passes for one free block.
-        pages = self.pool.pages
         if not self.pool.num_blocks:
             pages = mx.zeros((1, *pages.shape[1:]), mx.uint8)
-        tail = self.tail.arrays if self.tail.length else ()
-        centre = self.centre.arrays if self.centre else ()
-        return pages, mx.array(header + self.table.blocks, mx.int32), *tail, *centre
+        tail = tail if some.tail.lengths[0] else ()
+        centre = some.centre.arrays if some.centre else ()
+        return pages, mx.array(header + some.tables[0].blocks, mx.int32), *tail, *centre
 
     @state.setter
     def state(self, state: tuple[mx.array, ...]) -> None:
-        self.__dict__.update(vars(self.from_state(state)))
+        self.sequences = self.from_state(state).sequences
 
     @classmethod
     def from_state(cls, state, meta_state=None) -> TurboQuantKVCache:
@@ -248,35 +212,106 @@ class TurboQuantKVCache(host._BaseCache):
             ValueError: ``state`` is of another version, or its parts contradict each other.
         """
         pages, header, *rest = state
-        version, *numbers = header.tolist()
+        version, *numbers = header.flatten().tolist()
         if version != STATE_VERSION:
             raise ValueError(f"state version {version} is unknown: {STATE_VERSION} can be read")
         k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, offset, count = numbers[:8]
         tail_length, centred, *blocks = numbers[8:]
-        config = TurboQuantConfig(k_bits, v_bits, block_size)
-        cache = cls(config, head_dim, num_kv_heads, max_kv_size or None)
+        pool = PagePool(
+            PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim), num_kv_heads
+        )
+        cache = cls(pool, max_kv_size=max_kv_size or None)
         tail = rest[: 2 if tail_length else 0]
         fits = (
             pages.dtype == mx.uint8
-            and pages.shape[1:] == cache.pool.pages.shape[1:]
+            and pages.shape[1:] == pool.pages.shape[1:]
             and len(set(blocks)) == len(blocks) == -(-count // block_size)
             and all(0 <= block < pages.shape[0] for block in blocks)
             and 0 <= count <= offset
             and 0 <= tail_length <= min(count, TAIL)
             and centred in (0, 1)
             and len(rest) == (2 if tail_length else 0) + 4 * centred
-            and all(x.shape == (num_kv_heads, TAIL, head_dim) for x in tail)
+            and all(x.shape == (1, num_kv_heads, TAIL, head_dim) for x in tail)
         )
         if not fits:
             raise ValueError(f"pages {pages.shape} do not fit their header {header.tolist()}")
-        scales = cache.layout.split(pages)[-1].view(mx.float16)
+        scales = pool.layout.split(pages)[-1].view(mx.float16)
         if not mx.isfinite(scales).all().item():
             raise ValueError("pages hold scales that are not finite")
+        some = cache.sequences
         if centred:
-            cache.centre = Centre.from_arrays(rest[-4:], num_kv_heads, head_dim)
+            some.centre = Centre.from_arrays(rest[-4:], num_kv_heads, head_dim)
         if tail:
-            cache.tail.arrays, cache.tail.length = tuple(tail), tail_length
-        cache.pool.adopt(pages, blocks)
-        cache.table.hold(blocks, count)
-        cache.offset = offset
+            some.tail.arrays, some.tail.lengths = tuple(tail), [tail_length]
+        pool.adopt(pages, blocks)
+        some.tables[0].hold(blocks, count)
+        some.offsets = [offset]
         return cache
+
+
+class BatchTurboQuantKVCache(TurboQuantKVCache):
+    """Sequences of one layer that join and leave at any step, as mlx_lm's BatchGenerator asks.
+
+    Padding is never stored: of each chunk only the columns that are tokens.
+    """
+
+    _left: Sequence[int] = ()  # of each sequence, padding still to come before its first token
+    _right: Sequence[int] = ()  # of each sequence, tokens still to come before padding
+
+    @property
+    def offset(self) -> mx.array:
+        """The position of each sequence's next column: int32 ``(B,)``."""
+        left = self._left or [0] * len(self.sequences)
+        return _positions(*(o - n for o, n in zip(self.sequences.offsets, left, strict=True)))
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Announce padding of the chunks that follow, as mlx_lm's ``BatchKVCache`` takes it.
+
+        Args:
+            left_padding: of each sequence, columns before its tokens.
+            lengths: of each sequence, tokens before ``right_padding``.
+            right_padding: of each sequence, columns after its tokens.
+        """
+        if left_padding is not None:
+            if not self.empty():
+                raise ValueError("left padding can only be added while nothing is stored")
+            self._left = [int(n) for n in left_padding]
+        if right_padding is not None and max(right_padding) > 0:
+            self._right = [int(n) for n in lengths]
+
+    def finalize(self) -> None:
+        """The padding that was announced has come."""
+        self._right = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store the tokens of a chunk, ``(B, num_kv_heads, L, head_dim)`` each; see the base."""
+        length, count = keys.shape[2], len(self.sequences)
+        starts = [min(n, length) for n in self._left or [0] * count]
+        ends = [min(n, length) for n in self._right or [length] * count]
+        self.sequences.store(keys, values, list(map(slice, starts, ends)))
+        self._left = [n - start for n, start in zip(self._left, starts, strict=False)]
+        self._left = self._left if any(self._left) else []
+        self._right = [n - end for n, end in zip(self._right, ends, strict=False)]
+        return keys, values
+
+    def filter(self, batch_indices) -> None:
+        """Keep only the sequences with these indices, in their order."""
+        which = _indices(batch_indices)
+        self._left, self._right = (
+            [x[i] for i in which] if x else [] for x in (self._left, self._right)
+        )
+        super().filter(which)
+
+    def extend(self, other: BatchTurboQuantKVCache) -> None:
+        """Let the sequences of ``other`` join."""
+        self.sequences.extend(other.sequences)
+
+
+def _indices(batch_indices) -> list[int]:
+    given = batch_indices.tolist() if hasattr(batch_indices, "tolist") else batch_indices
+    return [int(i) for i in given]
+
+
+@lru_cache(maxsize=4)  # layers share them
+def _positions(*offsets: int) -> mx.array:
+    return mx.array(offsets, mx.int32)

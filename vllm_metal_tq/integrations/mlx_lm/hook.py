@@ -52,6 +52,16 @@ def uninstall() -> None:
     vars(host).pop("TurboQuantKVCache", None)
 
 
+def host_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
+    """The caches that mlx_lm itself makes for ``model``, whatever was attached to it."""
+    attached = vars(model).pop("make_cache", None)
+    try:
+        return host.make_prompt_cache(model, max_kv_size)
+    finally:
+        if attached is not None:
+            model.make_cache = attached
+
+
 def _own(model: nn.Module) -> list[dict]:
     classes = {cls for _, module in model.named_modules() for cls in type(module).__mro__}
     methods = [method for cls in classes for method in vars(cls).values()]

@@ -15,7 +15,8 @@ import mlx.nn as nn
 import mlx_lm.models.cache as host
 from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 
-from .cache import FEW, TurboQuantKVCache
+from ...tail import FEW
+from .cache import TurboQuantKVCache
 
 MAX_DRAFT = FEW - 1  # with the token before them, drafts are a chunk that sees the tail
 _LENGTHS = (3, 2)  # tokens that must repeat, the longest tried first

@@ -43,7 +43,7 @@ def plain_attention(model: nn.Module) -> list[tuple[int, int] | None]:
     stores keys and values of one head_dim once and attends once to what it fetched, as it is.
     The hook must be installed.
     """
-    caches = host.make_prompt_cache(model)
+    caches = hook.host_caches(model)
     probes = [_Probe() if type(cache) is host.KVCache else cache for cache in caches]
     model(mx.zeros((1, 1), mx.int32), cache=probes)
     return [probe.shape() if isinstance(probe, _Probe) else None for probe in probes]

@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.nn as nn
-import mlx_lm.models.cache as host
 
 from ...calibration import Calibration
-from ...centre import Centre
 from ...config import TurboQuantConfig
-from . import hook
 from .cache import TurboQuantKVCache
-from .measure import from_biases
-from .probe import plain_attention
+from .pools import CachePools
 
 
 @dataclass(frozen=True)
@@ -43,11 +39,12 @@ def report(prompt_cache: list) -> CacheReport:
     ours = [c for c in prompt_cache if isinstance(c, TurboQuantKVCache)]
     others = [c for c in prompt_cache if not isinstance(c, TurboQuantKVCache)]
     dense = sum(c.nbytes for c in others)
+    pools = {c.pool for c in ours}
     return CacheReport(
         layers=len(prompt_cache),
         layers_compressed=len(ours),
-        kv_bytes=dense + sum(c.nbytes for c in ours),
-        kv_bytes_bf16=dense + sum(c.nbytes_bf16 for c in ours),
+        kv_bytes=dense + sum(x.nbytes for x in [*pools, *(c.sequences.tail for c in ours)]),
+        kv_bytes_bf16=dense + sum(pool.nbytes_bf16 for pool in pools),
     )
 
 
@@ -59,40 +56,8 @@ def make_prompt_cache(
 ) -> list:
     """Make a prompt cache for ``mlx_lm.generate``, ``stream_generate`` and chat.
 
-    Layers of plain attention get a ``TurboQuantKVCache``; the others (sliding window, SSM, MLA,
-    layers that share their keys) keep the cache that mlx_lm gives them.
-
-    Args:
-        model: a model that mlx_lm has loaded.
-        config: widths; where None those of the calibration, if it has any, or else the default
-            preset.
-        max_kv_size: tokens that a layer keeps, as mlx_lm's flag of that name: beyond it the
-            oldest blocks but the first are dropped.
-        calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
-            k_proj serves where a layer has one.
-
-    Raises:
-        ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks, the
-            calibration is of a model of another shape, or the config names a layer that is not
-            there.
+    It has pools of its own, which go with it. Arguments and errors are those of ``CachePools``,
+    whose caches share theirs.
     """
-    config = config or (calibration and calibration.config) or TurboQuantConfig.from_names()
-    hook.install(model)
-    caches, shapes = host.make_prompt_cache(model, max_kv_size), plain_attention(model)
-    centres = (calibration or from_biases(model)).centres
-    if len(centres) != len(shapes) or not all(map(_fits, centres, shapes)):
-        raise ValueError("the calibration was measured on a model of another shape")
-    beyond = [last for _, last, *_ in config.layer_overrides if last >= len(shapes)]
-    if beyond:
-        raise ValueError(f"there is no layer {beyond[0]}: the model has {len(shapes)}")
-    made = []
-    for layer, (cache, shape, centre) in enumerate(zip(caches, shapes, centres, strict=True)):
-        if shape is not None:
-            own = config.for_layer(layer)
-            cache = TurboQuantKVCache(own, *shape, max_kv_size=max_kv_size, centre=centre)
-        made.append(cache)
-    return made
-
-
-def _fits(centre: Centre | None, shape: tuple[int, int] | None) -> bool:
-    return centre is None or (shape is not None and centre.mu.shape == shape[::-1])
+    options = {"max_kv_size": max_kv_size, "calibration": calibration}
+    return CachePools(model, config, **options).make_prompt_cache()

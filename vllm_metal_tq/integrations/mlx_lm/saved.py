@@ -53,6 +53,11 @@ def save_prompt_cache(
     hook.install(model)
     if not _of_model(prompt_cache, model):
         raise ValueError(f"{_name(file)} is not saved: the cache was made for another model")
+    if (several := max(map(_sequences, prompt_cache), default=1)) > 1:
+        raise ValueError(
+            f"{_name(file)} is not saved: the cache holds {several} sequences: save one, "
+            "`[layer.extract(i) for layer in prompt_cache]`"
+        )
     arrays: dict[str, mx.array] = {}
     header = {
         "format": _FORMAT,
@@ -169,7 +174,7 @@ def _calibration_fingerprint(prompt_cache: list) -> str:
     """32 hexadecimal digits of the centres that the layers were encoded with."""
     digest = hashlib.sha256()
     for layer, cache in enumerate(prompt_cache):
-        centre = getattr(cache, "centre", None)
+        centre = cache.sequences.centre if isinstance(cache, TurboQuantKVCache) else None
         for array in centre.arrays if centre else ():
             digest.update(f"{layer} {array.shape}".encode() + np.array(array).tobytes())
     return digest.hexdigest()[:32]
@@ -180,11 +185,13 @@ def _of_model(prompt_cache: list, model: nn.Module) -> bool:
     shapes = plain_attention(model)
     ours = [isinstance(cache, TurboQuantKVCache) for cache in prompt_cache]
     return ours == [shape is not None for shape in shapes] and all(
-        shape is None
-        # A batch in lockstep is one sequence with more KV heads.
-        or (cache.layout.head_dim == shape[0] and cache.pool.num_kv_heads % shape[1] == 0)
+        shape is None or (cache.layout.head_dim, cache.pool.num_kv_heads) == shape
         for cache, shape in zip(prompt_cache, shapes, strict=True)
     )
+
+
+def _sequences(cache) -> int:
+    return len(cache.sequences) if isinstance(cache, TurboQuantKVCache) else 1
 
 
 def _record(cache, name: str, arrays: dict[str, mx.array]) -> dict:
@@ -192,7 +199,7 @@ def _record(cache, name: str, arrays: dict[str, mx.array]) -> dict:
     record = {"class": type(cache).__name__}
     if isinstance(cache, TurboQuantKVCache):
         record["config"] = _widths(cache)
-        return record | {"state": _packed(cache.state, name, arrays)}
+        return record | {"state": _packed(cache.compacted().state, name, arrays)}
     # mlx_lm before 0.32 keeps numbers apart from arrays, and has no state for an empty cache.
     if hasattr(cache, "meta_state"):
         record["meta_state"] = cache.meta_state
@@ -201,7 +208,8 @@ def _record(cache, name: str, arrays: dict[str, mx.array]) -> dict:
 
 
 def _widths(cache: TurboQuantKVCache) -> list[int]:
-    return [cache.config.k_bits, cache.config.v_bits, cache.config.block_size]
+    config = cache.layout.config
+    return [config.k_bits, config.v_bits, config.block_size]
 
 
 def _packed(value, name: str, arrays: dict[str, mx.array]):

@@ -1,0 +1,132 @@
+"""The page pools of a model: one for each compressed layer, shared by all of its prompt caches."""
+
+from __future__ import annotations
+
+import copy
+
+import mlx.nn as nn
+
+from ...calibration import Calibration
+from ...centre import Centre
+from ...config import TurboQuantConfig
+from ...layout import PageLayout
+from ...pages import PagePool
+from . import hook
+from .cache import TurboQuantKVCache
+from .measure import from_biases
+from .probe import plain_attention
+
+
+class CachePools:
+    """Where all sequences of a model keep their pages.
+
+    Prompt caches made here can be batched by mlx_lm, and copied, without a page being copied.
+    Layers of plain attention are compressed; the others (sliding window, SSM, MLA, layers that
+    share their keys) keep the cache that mlx_lm gives them, which no budget counts.
+
+    Args:
+        model: a model that mlx_lm has loaded.
+        config: widths; where None those of the calibration, if it has any, or else the default
+            preset.
+        max_kv_size: tokens that a layer keeps, as mlx_lm's flag of that name: beyond it the
+            oldest blocks but the first are dropped.
+        calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
+            k_proj serves where a layer has one.
+        max_bytes: the most that the pages of all layers may take. None: no limit. What would need
+            more raises ``OutOfBlocks``, in the first layer, before any has stored anything. The
+            last tokens as they came, ``TAIL`` of each sequence, are not counted.
+
+    Raises:
+        ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks,
+            ``max_bytes`` below one block, the calibration is of a model of another shape, or the
+            config names a layer that is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TurboQuantConfig | None = None,
+        *,
+        max_kv_size: int | None = None,
+        calibration: Calibration | None = None,
+        max_bytes: int | None = None,
+    ):
+        config = config or (calibration and calibration.config) or TurboQuantConfig.from_names()
+        hook.install(model)
+        shapes = plain_attention(model)
+        centres = (calibration or from_biases(model)).centres
+        if len(centres) != len(shapes) or not all(map(_fits, centres, shapes)):
+            raise ValueError("the calibration was measured on a model of another shape")
+        beyond = [last for _, last, *_ in config.layer_overrides if last >= len(shapes)]
+        if beyond:
+            raise ValueError(f"there is no layer {beyond[0]}: the model has {len(shapes)}")
+        self.model = model
+        self.block_size = config.block_size
+        self.max_bytes = max_bytes
+        self._caches = hook.host_caches(model, max_kv_size)
+        for layer, (shape, centre) in enumerate(zip(shapes, centres, strict=True)):
+            if shape is not None:
+                head_dim, num_kv_heads = shape
+                pool = PagePool(PageLayout(config.for_layer(layer), head_dim), num_kv_heads)
+                options = {"centre": centre, "max_kv_size": max_kv_size}
+                self._caches[layer] = TurboQuantKVCache(pool, **options)
+        for pool in self.pools:
+            pool.max_blocks = self.max_blocks
+
+    @property
+    def pools(self) -> list[PagePool]:
+        """The pools of the compressed layers, in order."""
+        return [cache.pool for cache in self._caches if isinstance(cache, TurboQuantKVCache)]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers together."""
+        return sum(pool.block_bytes for pool in self.pools)
+
+    @property
+    def max_blocks(self) -> int | None:
+        """The most blocks that a layer may have, or None."""
+        if self.max_bytes is None or not self.pools:
+            return None
+        if self.max_bytes < self.block_bytes:
+            raise ValueError(
+                f"max_bytes {self.max_bytes} is too few: one block of {self.block_size} tokens "
+                f"takes {self.block_bytes}"
+            )
+        return self.max_bytes // self.block_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks allocated in each layer, in use or free."""
+        return max((pool.num_blocks for pool in self.pools), default=0)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks of a layer that sequences hold; one that several hold counts once."""
+        return max((pool.num_used for pool in self.pools), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for pages, in all layers."""
+        return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that sequences hold, in all layers."""
+        return sum(pool.num_used * pool.block_bytes for pool in self.pools)
+
+    def make_prompt_cache(self) -> list:
+        """A prompt cache of one new sequence, as ``mlx_lm.generate`` and batches take it."""
+        return copy.deepcopy(self._caches)
+
+    def attach(self) -> None:
+        """Let mlx_lm's own ``make_prompt_cache(model)``, batches and server use these pools."""
+        self.model.make_cache = self.make_prompt_cache
+
+    def detach(self) -> None:
+        """Undo ``attach``."""
+        vars(self.model).pop("make_cache", None)
+
+
+def _fits(centre: Centre | None, shape: tuple[int, int] | None) -> bool:
+    return centre is None or (shape is not None and centre.mu.shape == shape[::-1])

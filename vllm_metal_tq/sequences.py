@@ -1,0 +1,289 @@
+"""The sequences of one layer that take their steps together: pages, tails, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from . import attention, dispatch
+from .centre import Centre
+from .pages import BlockTable, PagePool
+from .tail import FEW, Tail
+
+
+class Sequences:
+    """B sequences of a layer. A chunk of new tokens is stored, then attended from.
+
+    A chunk may be ragged: of each sequence some columns in a row are tokens, the others padding,
+    which is neither stored nor attended from. Recent tokens are seen as they came and everything
+    older through the pages: by a chunk of up to ``FEW`` tokens the last ``TAIL``, the chunk among
+    them; by a longer one itself and ``TAIL`` before it.
+
+    Args:
+        pool: where pages are.
+        count: B.
+        centre: calibration of the layer, or None.
+        max_kv_size: when more tokens of a sequence are stored, its oldest blocks but the first
+            are dropped before the next chunk. None: no limit.
+
+    Attributes:
+        tables: the block table of each sequence.
+        tail: the last tokens of each sequence as they came.
+        offsets: tokens seen of each sequence, which is the position of its next one.
+        raw_window: for measuring quality. When set, each query sees ``raw_window`` tokens, itself
+            included, as they came, and all others through the pages: with ``TAIL`` what decoding
+            token by token sees, with 1 what it would see without the tail.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        count: int = 1,
+        *,
+        centre: Centre | None = None,
+        max_kv_size: int | None = None,
+    ):
+        self.pool = pool
+        self.centre = centre
+        self.max_kv_size = max_kv_size
+        self.raw_window: int | None = None
+        self.tables = [BlockTable(pool) for _ in range(count)]
+        self.tail = Tail(count)
+        self.offsets = [0] * count
+        self._columns: list[slice] = []  # of the last chunk, those that are tokens
+        self._before: list[tuple[mx.array, ...]] = []  # tails that a long chunk sees before itself
+        self._block_table: mx.array | None = None
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens stored of each sequence."""
+        return [table.num_tokens for table in self.tables]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks and tails held; blocks that others hold too are counted as well."""
+        blocks = sum(len(table.blocks) for table in self.tables)
+        return blocks * self.pool.block_bytes + self.tail.nbytes
+
+    def store(
+        self, keys: mx.array, values: mx.array, columns: Sequence[slice] | None = None
+    ) -> None:
+        """Store a chunk.
+
+        Args:
+            keys: ``(B, num_kv_heads, L, head_dim)``, after RoPE.
+            values: the same shape.
+            columns: of each sequence, which of the L are its tokens. None: all of them.
+
+        Raises:
+            ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
+            OutOfBlocks: the pool is full; nothing is stored.
+        """
+        expected = len(self), self.pool.num_kv_heads
+        if keys.ndim != 4 or keys.shape[:2] != expected:
+            raise ValueError(
+                f"keys {keys.shape} do not fit: this cache holds {expected[0]} sequences of "
+                f"{expected[1]} KV heads, as (B, num_kv_heads, L, head_dim)"
+            )
+        length = keys.shape[2]
+        self._columns = list(columns or [slice(0, length)] * len(self))
+        counts = self._counts()
+        kept = [self._uncentred(i, n) for i, n in enumerate(counts)]
+        together = counts == [length] * len(self) and len(set(kept)) == 1
+        chunks = [dispatch.Chunk(keys, values, self.tables, self.tail, self.offsets, kept[0])]
+        if not together:
+            chunks = [
+                dispatch.Chunk(
+                    keys[i : i + 1, :, self._columns[i]],
+                    values[i : i + 1, :, self._columns[i]],
+                    [self.tables[i]],
+                    self.tail.take([i]),
+                    [self.offsets[i]],
+                    kept[i],
+                )
+                for i in range(len(self))
+                if counts[i]
+            ]
+        dispatch.store(chunks, centre=self.centre, make_room=self._make_room)
+        if not together:
+            stored = iter(chunk.tail for chunk in chunks)
+            self.tail = Tail.joined(
+                [next(stored) if n else self.tail.take([i]) for i, n in enumerate(counts)]
+            )
+        self.offsets = [offset + n for offset, n in zip(self.offsets, counts, strict=True)]
+
+    def _counts(self) -> list[int]:
+        return [max(some.stop - some.start, 0) for some in self._columns]
+
+    def _uncentred(self, which: int, count: int) -> int:
+        """How many of the next tokens are stored without a flag for their keys' mean.
+
+        The first block of a limited cache keeps its place when others are dropped, so that its
+        positions are no longer its indices plus a constant.
+        """
+        fixed = 0 if self.max_kv_size is None else self.pool.layout.config.block_size
+        return max(min(fixed - self.offsets[which], count), 0)
+
+    def _make_room(self) -> None:
+        """What happens once a chunk is known to be good, before it is stored."""
+        counts = self._counts()
+        if self.max_kv_size is not None:
+            for i, n in enumerate(counts):
+                self._evict(i, self._excess(i, n))
+        self.pool.compact()
+        self.pool.reserve(sum(t.missing(n) for t, n in zip(self.tables, counts, strict=True)))
+        self._before = [
+            self.tail.ordered(i, table.num_tokens) if self._sees_chunk(n) else ()
+            for i, (table, n) in enumerate(zip(self.tables, counts, strict=True))
+        ]
+
+    def stored_before(self, length: int) -> list[int]:
+        """Tokens of each sequence that will be there once the next ``length`` have room."""
+        return [
+            table.num_tokens - table.evictable(self._excess(i, length))
+            for i, table in enumerate(self.tables)
+        ]
+
+    def _excess(self, which: int, count: int) -> int:
+        if self.max_kv_size is None:
+            return 0
+        return max(self.tables[which].num_tokens + count - self.max_kv_size, 0)
+
+    def _evict(self, which: int, count: int) -> None:
+        table = self.tables[which]
+        before = table.num_tokens
+        table.evict(count)
+        if dropped := before - table.num_tokens:
+            remaining = table.num_tokens - self.pool.layout.config.block_size
+            self.tail.shift(which, dropped, remaining)
+
+    def _sees_chunk(self, count: int) -> bool:
+        """Whether a chunk sees all of itself and the tail before it, not the last tokens alone."""
+        return count > FEW or self.raw_window is not None
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: attention.Mask = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attend from the chunk that was just stored.
+
+        Args:
+            queries: ``(B, num_heads, L, head_dim)``.
+            keys: ``(B, num_kv_heads, L, head_dim)``, as the model made them.
+            values: the same shape.
+            scale: factor of the logits.
+            mask: None, "causal", or an array ``(..., L, S + L)`` over the S tokens of the longest
+                sequence before the chunk, those of the others at its end, and the chunk.
+            sinks: a learned logit for each head, ``(num_heads,)``, or None.
+
+        Returns:
+            ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
+        """
+        length, counts = queries.shape[2], self._counts()
+        shifts = [o - n for o, n in zip(self.offsets, self.lengths, strict=True)]
+        options = {"scale": scale, "sinks": sinks, "centre": self.centre}
+        if counts == [length] * len(self) and not self._sees_chunk(length):
+            attended = dispatch.attend_last(
+                queries, self.tables, self.tail, self.block_table, shifts, mask=mask, **options
+            )
+            if attended is not None:
+                return attended
+        outputs = []
+        for i, some in enumerate(self._columns):
+            parts = [x[i : i + 1, :, some] for x in (queries, keys, values)]
+            own = self._own_mask(mask, i, length)
+            output = self._attend_alone(i, *parts, own, options | {"shift": shifts[i]})
+            around = [(0, 0), (0, 0), (some.start, length - some.start - counts[i]), (0, 0)]
+            outputs.append(mx.pad(output, around) if counts[i] < length else output)
+        self._before = [()] * len(self)
+        return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _own_mask(self, mask: attention.Mask, which: int, length: int) -> attention.Mask:
+        """The mask of one sequence's tokens among themselves."""
+        some, count = self._columns[which], self._counts()[which]
+        if not isinstance(mask, mx.array):
+            return mask
+        if mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[which : which + 1]
+        chunk, stored = mask.shape[-1] - length, self.tables[which].num_tokens - count
+        past = mask[..., some, chunk - stored : chunk]
+        return mx.concatenate([past, mask[..., some, chunk:][..., some]], axis=-1)
+
+    def _attend_alone(self, which: int, queries, keys, values, mask, options: dict) -> mx.array:
+        """Attend from the tokens of one sequence in the chunk."""
+        length, table = keys.shape[2], self.tables[which]
+        if not length:
+            return queries
+        if not self._sees_chunk(length):
+            keys, values = (x[None] for x in self.tail.ordered(which, table.num_tokens))
+        elif self._before[which]:
+            recent = zip(self._before[which], (keys, values), strict=True)
+            keys, values = (mx.concatenate([old[None], new], axis=2) for old, new in recent)
+        past_length = table.num_tokens - keys.shape[2]
+        if self.raw_window is not None:
+            mask = attention.decode_mask(
+                mask, length, table.num_tokens, keys.shape[2], self.raw_window
+            )
+            past_length = table.num_tokens
+        return dispatch.attend(queries, keys, values, table, past_length, mask=mask, **options)
+
+    @property
+    def block_table(self) -> mx.array:
+        """The blocks as kernels take them: int32 ``(B, max_blocks)``, padded with zeros."""
+        most = max(len(table.blocks) for table in self.tables)
+        if self._block_table is None or most > self._block_table.shape[1]:
+            # A power of two, so that shapes, and what is compiled for them, seldom change.
+            width = max(64, 1 << (most - 1).bit_length())
+            padded = [t.blocks + [0] * (width - len(t.blocks)) for t in self.tables]
+            self._block_table = mx.array(padded, mx.int32)
+        else:
+            for i, table in enumerate(self.tables):
+                if new := table.blocks[table.unchanged :]:
+                    end = len(table.blocks)
+                    self._block_table[i, table.unchanged : end] = mx.array(new, mx.int32)
+        for table in self.tables:
+            table.unchanged = len(table.blocks)
+        return self._block_table
+
+    def trim(self, count: int) -> None:
+        """Forget the last ``count`` tokens of each sequence."""
+        self.tail.trim(count, self.lengths)
+        for table in self.tables:
+            table.trim(count)
+        self.offsets = [offset - count for offset in self.offsets]
+
+    def take(self, which: Sequence[int]) -> Sequences:
+        """Some of the sequences, as others of the same tokens: blocks are shared."""
+        tables = [self.tables[i].fork() for i in which]
+        return self._with(tables, self.tail.take(which), [self.offsets[i] for i in which])
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Forget all sequences but some, which come in the order of ``which``."""
+        self.tables = [self.tables[i] for i in which]
+        self.tail = self.tail.take(which)
+        self.offsets = [self.offsets[i] for i in which]
+        self._block_table = None
+
+    def extend(self, others: Sequences) -> None:
+        """Add ``others``, which stay as they are: blocks are shared, or copied to this pool."""
+        tables = (table.fork().moved(self.pool) for table in others.tables)
+        self.tables += tables
+        self.tail = Tail.joined([self.tail, others.tail])
+        self.offsets += others.offsets
+        self._block_table = None
+
+    def _with(self, tables: list[BlockTable], tail: Tail, offsets: list[int]) -> Sequences:
+        others = Sequences(self.pool, 0, centre=self.centre, max_kv_size=self.max_kv_size)
+        others.tables, others.tail, others.offsets = tables, tail, offsets
+        others.raw_window = self.raw_window
+        return others
