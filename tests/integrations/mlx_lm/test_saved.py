@@ -19,7 +19,7 @@ from vllm_metal_tq import (
     make_prompt_cache,
     save_prompt_cache,
 )
-from vllm_metal_tq.integrations.mlx_lm import calibrate, saved
+from vllm_metal_tq.integrations.mlx_lm import CachePools, calibrate, saved
 
 BLANK = b"0" * 64
 
@@ -169,6 +169,22 @@ class TestReloadedEqualsNeverSaved:
         more = tokens(3, seed=2, batch=3)
         expected = model(more, cache=cache)[1]
         assert mx.abs(model(more[1:2], cache=loaded)[0] - expected).max().item() < 1e-5
+
+    def test_of_a_batch_of_one(self, model, tmp_path):
+        cache = make_prompt_cache(model)
+        model(tokens(20), cache=cache)
+        batch = [layer.merge([layer]) for layer in cache]
+        assert greedy(model, saved_and_loaded(model, batch, tmp_path)) == greedy(model, cache)
+
+    def test_without_the_blocks_of_others_that_share_its_pool(self, model, tmp_path):
+        pools = CachePools(model)
+        cache, other = pools.make_prompt_cache(), pools.make_prompt_cache()
+        model(tokens(300, seed=1), cache=other)
+        model(tokens(20), cache=cache)
+        loaded = saved_and_loaded(model, cache, tmp_path)
+        assert (tmp_path / "prompt.safetensors").stat().st_size < other[0].pool.pages.nbytes * 3
+        more = tokens(5, seed=2)
+        assert mx.array_equal(model(more, cache=loaded), model(more, cache=cache))
 
     def test_in_bfloat16(self, tmp_path):
         model = llama()

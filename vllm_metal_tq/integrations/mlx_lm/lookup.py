@@ -51,17 +51,18 @@ def check_trimmable(prompt_cache: list) -> None:
     Raises:
         ValueError: it cannot; the message names the caches.
     """
-    kinds = (TurboQuantKVCache, host.KVCache, host.QuantizedKVCache)
-    unfit = {
-        type(c).__name__
-        for c in prompt_cache
-        if not isinstance(c, kinds) or not c.is_trimmable() or getattr(c, "max_kv_size", None)
-    }
+    unfit = {type(cache).__name__ for cache in prompt_cache if not _gives_back(cache)}
     if unfit:
         raise ValueError(
             "speculative decoding gives back tokens that the model refuses, which "
             f"{', '.join(sorted(unfit))} cannot do for this model or with max_kv_size"
         )
+
+
+def _gives_back(cache) -> bool:
+    if isinstance(cache, TurboQuantKVCache):
+        return cache.sequences.max_kv_size is None
+    return isinstance(cache, (host.KVCache, host.QuantizedKVCache))
 
 
 def lookup_generate_step(

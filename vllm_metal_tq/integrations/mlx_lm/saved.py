@@ -125,7 +125,7 @@ def load_prompt_cache(file_name: str | Path, model: nn.Module, return_metadata: 
         _check_header(file, header, model)
         records, metadata = json.loads(header["layers"]), json.loads(header["metadata"])
         _check_classes(file, header, records)
-        made = host.make_prompt_cache(model)
+        made = hook.host_caches(model)
         prompt_cache = [_rebuilt(record, made, i, arrays) for i, record in enumerate(records)]
     except _UnfitError as error:
         raise ValueError(str(error)) from None
@@ -196,10 +196,10 @@ def _sequences(cache) -> int:
 
 def _record(cache, name: str, arrays: dict[str, mx.array]) -> dict:
     """What the header says of one layer; its arrays join ``arrays``."""
-    record = {"class": type(cache).__name__}
     if isinstance(cache, TurboQuantKVCache):
-        record["config"] = _widths(cache)
-        return record | {"state": _packed(cache.compacted().state, name, arrays)}
+        state = _packed(cache.compacted().state, name, arrays)
+        return {"class": TurboQuantKVCache.__name__, "config": _widths(cache), "state": state}
+    record = {"class": type(cache).__name__}
     # mlx_lm before 0.32 keeps numbers apart from arrays, and has no state for an empty cache.
     if hasattr(cache, "meta_state"):
         record["meta_state"] = cache.meta_state
