@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from vllm_metal_tq import TurboQuantConfig
 from vllm_metal_tq.cli import serve
 from vllm_metal_tq.integrations.mlx_lm import CachePools
 from vllm_metal_tq.integrations.mlx_lm.server import (
@@ -56,15 +57,16 @@ def options(*flags):
 
 
 @contextmanager
-def server(*flags, model=None, words=None, blocks=None, limits=None):
+def server(*flags, model=None, words=None, blocks=None, limits=None, preset=None):
     """A running server; ``blocks``: so many fit into its budget."""
     model = model or models.llama()
     words = words or tokenizer()
 
     def pools(model, words):
-        made = CachePools(model)
+        config = TurboQuantConfig.from_names(preset)
+        made = CachePools(model, config)
         if blocks is not None:
-            made = CachePools(model, max_bytes=blocks * made.block_bytes)
+            made = CachePools(model, config, max_bytes=blocks * made.block_bytes)
         return made
 
     provider = Provider(options(*flags), lambda name: (model, words), pools)
