@@ -1,25 +1,29 @@
 #include "attention.h"
   // Merge the splits of decode, add the tokens that are not in pages yet, rotate back.
-  // One threadgroup a query row and head.
+  // One threadgroup a query row and head: (head of its KV head and row, KV head, sequence).
   //
   // partial: as decode writes it; queries [B, H, L, head_dim] T; lengths [B, 3] int: tokens that are
   // read from pages, tokens in all, shift; tail_keys, tail_values [B, HKV, TAIL, head_dim] T: the
   // tokens between, as the model made them, token i in slot i % TAIL; sinks [H] float: logits;
-  // signs [D] float; value_mean [HKV, head_dim] float, not read where CENTRE is 0; shape int: H, HKV, L, head_dim, splits, window (0: none)
+  // signs [D] float; value_mean [HKV, head_dim] float, not read where CENTRE is 0; shape int: L,
+  // head_dim, splits, window (0: none)
   // numbers float: factor of the logits, softcap
   // attended [B, H, L, head_dim] T
   // Template: T, D, M, NSG, TAIL (slots; 0: no tail), SINKS, SOFTCAP, CENTRE.
   constexpr int E = D / 32;
+  constexpr int AT_ONCE = 4;  // splits of a SIMD-group
   const int lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;
-  const int H = shape[0];
-  const int L = shape[2];
-  const int head_dim = shape[3];
-  const int splits = shape[4];
-  const int window = shape[5];
-  const int row = threadgroup_position_in_grid.x;  // (seq * H + head) * L + l
-  const int head = row / L % H;
-  const int seq = row / L / H;
+  const int L = shape[0];
+  const int head_dim = shape[1];
+  const int splits = shape[2];
+  const int window = shape[3];
+  // No division but where it is needed: what waits for one comes late.
+  const int kvh = threadgroup_position_in_grid.y;
+  const int own = threadgroup_position_in_grid.x;  // row l of a head of this KV head
+  const int kv = threadgroup_position_in_grid.z * threadgroups_per_grid.y + kvh;
+  const int row = kv * threadgroups_per_grid.x + own;  // (seq * H + head) * L + l
+  const int seq = threadgroup_position_in_grid.z;
 
   threadgroup float sums[NSG][D];
   threadgroup float tail_sums[NSG][D];
@@ -29,21 +33,49 @@
   threadgroup float tail_m[NSG];
   threadgroup float tail_l[NSG];
 
-  // This SIMD-group's share of the splits.
+  // What is used last is asked for first.
+  float own_signs[E], own_mean[E];
+  TQ_UNROLL
+  for (int e = 0; e < E; ++e) {
+    own_signs[e] = signs[lane + 32 * e];
+    own_mean[e] = CENTRE ? value_mean[kvh * head_dim + min(lane + 32 * e, head_dim - 1)] : 0.0f;
+  }
+
+  // This SIMD-group's share of the splits, a few at a time, whose loads are under way together.
   float m = -1e30f, l = 0.0f, g = 0.0f;
   float v[E];
   TQ_UNROLL
   for (int e = 0; e < E; ++e) v[e] = 0.0f;
-  for (int s = sg; s < splits; s += NSG) {
-    const size_t at = (size_t(row) * splits + s) * (D + 2 + CENTRE);
-    const float split_m = partial[at + D];
-    const float higher = max(m, split_m);
-    const float r = fast::exp2(m - higher), w = fast::exp2(split_m - higher);
-    m = higher;
-    l = fma(l, r, w * partial[at + D + 1]);
-    if (CENTRE) g = fma(g, r, w * partial[at + D + 2]);
+  TQ_NO_UNROLL
+  for (int first = sg; first < splits; first += AT_ONCE * NSG) {
+    float ms[AT_ONCE], ls[AT_ONCE], gs[AT_ONCE], vs[AT_ONCE][E];
     TQ_UNROLL
-    for (int e = 0; e < E; ++e) v[e] = fma(v[e], r, w * partial[at + lane + 32 * e]);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int s = first + i * NSG;
+      const size_t at = (size_t(row) * splits + min(s, splits - 1)) * (D + 2 + CENTRE);
+      ms[i] = s < splits ? partial[at + D] : -1e30f;
+      ls[i] = partial[at + D + 1];
+      gs[i] = CENTRE ? partial[at + D + 2] : 0.0f;
+      TQ_UNROLL
+      for (int e = 0; e < E; ++e) vs[i][e] = partial[at + lane + 32 * e];
+    }
+    float higher = m;
+    TQ_UNROLL
+    for (int i = 0; i < AT_ONCE; ++i) higher = max(higher, ms[i]);
+    const float r = fast::exp2(m - higher);
+    m = higher;
+    l *= r;
+    g *= r;
+    TQ_UNROLL
+    for (int e = 0; e < E; ++e) v[e] *= r;
+    TQ_UNROLL
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const float w = fast::exp2(ms[i] - higher);
+      l = fma(w, ls[i], l);
+      g = fma(w, gs[i], g);
+      TQ_UNROLL
+      for (int e = 0; e < E; ++e) v[e] = fma(w, vs[i][e], v[e]);
+    }
   }
   TQ_UNROLL
   for (int e = 0; e < E; ++e) sums[sg][lane + 32 * e] = v[e];
@@ -55,9 +87,9 @@
 
   if (TAIL > 0) {
     const int paged = lengths[3 * seq];
-    const int position = lengths[3 * seq + 1] - L + row % L;
+    const int position = lengths[3 * seq + 1] - L + own % L;
     const int first = window > 0 ? max(position + 1 - window, paged) : paged;
-    const int ring = (seq * shape[1] + head / (H / shape[1])) * TAIL;
+    const int ring = kv * TAIL;
     float top = -1e30f, weights = 0.0f;
     TQ_UNROLL
     for (int e = 0; e < E; ++e) v[e] = 0.0f;
@@ -91,6 +123,7 @@
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   if (sg == 0) {
+    const int head = SINKS ? (kvh * int(threadgroups_per_grid.x) + own) / L : 0;
     float top = SINKS ? sinks[head] * 1.44269504f : -1e30f;
     for (int j = 0; j < NSG; ++j) top = max(top, split_ms[j]);
     if (TAIL > 0) {
@@ -116,8 +149,8 @@
     TQ_UNROLL
     for (int e = 0; e < E; ++e) {
       const int d = lane + 32 * e;
-      float x = v[e] * norm * signs[d];
-      if (CENTRE) x = fma(flagged, d < head_dim ? value_mean[head / (H / shape[1]) * head_dim + d] : 0.0f, x);
+      float x = v[e] * norm * own_signs[e];
+      if (CENTRE) x = fma(flagged, own_mean[e], x);
       if (TAIL > 0) {
         for (int j = 0; j < NSG; ++j) x = fma(tail_sums[j][d], fast::exp2(tail_m[j] - top), x);
       }

@@ -112,6 +112,8 @@ decode_fma.metal: constexpr int VQ = VROWS * VSPLIT <= 8 ? 4 : VROWS * VSPLIT < 
 = there is no tail, so the loop over its tokens is not entered
 merge.metal: if (TAIL >= 0) {
 merge.metal: const size_t at = size_t(ring + t % (TAIL >= 0 ? TAIL : 1)) * head_dim;
+= some splits more, none of which is there
+merge.metal: for (int first = sg; first <= splits; first += AT_ONCE * NSG) {
 = a chunk more, whose queries are zero
 decode_fma.metal: constexpr int NKC = (D + 8 * KE - 0) / (8 * KE);
 decode_mma.metal: constexpr int NKC = (D + 4 * KD - 0) / (4 * KD);

@@ -20,11 +20,12 @@ MAX_ROWS = 8
 MAX_DIM = 256
 THREADGROUP_BYTES = 32768
 SIMD = 32
-MERGE_SIMDGROUPS = 8  # of a threadgroup
-WAVE = 2112  # SIMD-groups in flight: 16 on each of an H200's 132 processors
+SIMDGROUPS = 8  # of a threadgroup, at most
+MERGE_SIMDGROUPS = 8
+PROCESSORS = 132  # of an H200; each has room for 16 SIMD-groups of decode
 
-WINDOWS = 128, 96, 64, 32  # tokens that decode_mma may centre at a time
-MIN_WINDOW = WINDOWS[-1]
+WINDOWS = 32, 64, 96, 128  # tokens that decode_mma may centre at a time
+MIN_WINDOW = WINDOWS[0]
 FMA_WINDOW = 64  # tokens that decode_fma centres at a time
 
 LOG2E = 1 / math.log(2)
@@ -107,9 +108,12 @@ def _decode_launch(
     variant = variant or variant_for(columns, dim)
     width = min(columns, 8 if variant == "mma" else _most_for_fma(dim))
     groups = -(-columns // width)
-    simdgroups = _simdgroups(width, dim, centre is not None)
-    splits = _splits(max_tokens, batch * num_kv_heads * groups, simdgroups)
-    centring = _centring(centre, variant, width, dim, -(-max_tokens // (splits * simdgroups)))
+    runs = batch * num_kv_heads * groups  # of the context, each as long as it is
+    in_flight = _in_flight(max_tokens * runs)
+    simdgroups = _simdgroups(variant, width, dim, centre is not None, in_flight)
+    splits = _splits(max_tokens, runs, simdgroups, in_flight)
+    tokens = -(-max_tokens // (splits * simdgroups))
+    centring = _centring(centre, variant, width, dim, simdgroups, tokens)
     max_blocks, v_bits = block_table.shape[1], layout.config.v_bits
     levels = value_codebook(v_bits).coefficients
     key_planes, value_planes = PLANE_BITS[layout.config.k_bits], PLANE_BITS[v_bits]
@@ -158,13 +162,13 @@ def _merge_launch(
             "sinks": signs(layout.dim) if sinks is None else sinks.astype(mx.float32),
             "signs": signs(layout.dim),
             "value_mean": centre.value_mean if centre else signs(layout.dim),
-            "shape": integers(num_heads, num_kv_heads, rows, head_dim, splits, options.window),
+            "shape": integers(rows, head_dim, splits, options.window),
             "numbers": numbers(*_logits(options)),
         },
         _template(queries, layout, options, centre)
         | {"NSG": MERGE_SIMDGROUPS, "TAIL": TAIL if tail else 0, "SINKS": int(sinks is not None)},
         {"attended": (queries.shape, queries.dtype)},
-        (batch * num_heads * rows * threads, 1, 1),
+        (num_heads // num_kv_heads * rows * threads, num_kv_heads, batch),
         (threads, 1, 1),
     )
 
@@ -191,14 +195,16 @@ class _Centring:
     template: dict[str, int]
 
 
-def _centring(centre, variant: str, width: int, dim: int, tokens: int) -> _Centring:
-    """For SIMD-groups that attend to so many tokens each."""
+def _centring(
+    centre, variant: str, width: int, dim: int, simdgroups: int, tokens: int
+) -> _Centring:
+    """For threadgroups of so many SIMD-groups, each of which attends to so many tokens."""
     if centre is None:
         # Not used, but compiled: it must not make arrays of no elements.
         template = {"S": MIN_WINDOW} if variant == "mma" else {"S": FMA_WINDOW, "TURNED": 0}
         return _Centring(signs(dim), signs(dim), tables.nothing(), template)
     if variant == "mma":
-        window = _window(centre, width, dim, tokens)
+        window = _window(centre, width, dim, simdgroups, tokens)
         turns, more = tables.fragments(centre, dim, window, dialect()), {}
     else:
         window = FMA_WINDOW
@@ -208,20 +214,20 @@ def _centring(centre, variant: str, width: int, dim: int, tokens: int) -> _Centr
     return _Centring(*own, {"S": window} | more)
 
 
-def _window(centre: Centre, width: int, dim: int, tokens: int) -> int:
-    """Tokens of a window of ``decode_mma``.
+def _window(centre: Centre, width: int, dim: int, simdgroups: int, tokens: int) -> int:
+    """Tokens of a window of ``decode_mma``: what takes least time for so many of a SIMD-group.
 
-    The longer the fewer are computed; but not beyond the tokens of a SIMD-group, what its
-    threadgroup memory holds, or what the tables' functions span.
+    Longer ones are fewer, but threadgroup memory has to hold them, the tables' functions have to
+    span them, and the last one may be computed for little.
     """
-    return next(
+    at_once = windows_at_once(width)
+    possible = [
         window
         for window in WINDOWS
-        if (windows_at_once(width) * window < tokens + MIN_WINDOW or window == MIN_WINDOW)
-        and _threadgroup_bytes(_simdgroups(width, dim, True), width, dim, window)
-        <= THREADGROUP_BYTES
+        if _threadgroup_bytes("mma", simdgroups, width, dim, window) <= THREADGROUP_BYTES
         and tables.fits(centre, dim, window)
-    )
+    ]
+    return min(possible, key=lambda window: -(-tokens // (at_once * window)) * (window + 100))
 
 
 def windows_at_once(width: int) -> int:
@@ -252,19 +258,36 @@ def _logits(options: Options) -> tuple[float, float]:
     return LOG2E * options.scale, 0.0
 
 
-def _simdgroups(width: int, dim: int, centred: bool) -> int:
-    """SIMD-groups of a threadgroup: 8, 4 with centring, or as many as its memory holds."""
-    count, window = (4, MIN_WINDOW) if centred else (8, 0)
-    while _threadgroup_bytes(count, width, dim, window) > THREADGROUP_BYTES:
+def _in_flight(tokens: int) -> int:
+    """SIMD-groups a processor: few where each would get few of the ``tokens`` of all runs.
+
+    What a SIMD-group does before its first token and after its last takes as long as some 100
+    tokens, and longer the more of them do it side by side. Bounds as measured on an H200.
+    """
+    if tokens < PROCESSORS * 4 * 96:
+        return 4
+    return 8 if tokens < PROCESSORS * 8 * 192 else 16
+
+
+def _simdgroups(variant: str, width: int, dim: int, centred: bool, in_flight: int) -> int:
+    """SIMD-groups of a threadgroup: as many as its memory holds."""
+    window = (MIN_WINDOW if variant == "mma" else FMA_WINDOW) if centred else 0
+    count = min(SIMDGROUPS, in_flight)
+    while _threadgroup_bytes(variant, count, width, dim, window) > THREADGROUP_BYTES:
         count //= 2
     return count
 
 
-def _threadgroup_bytes(simdgroups: int, width: int, dim: int, window: int) -> int:
+def _threadgroup_bytes(variant: str, simdgroups: int, width: int, dim: int, window: int) -> int:
     """Threadgroup memory of a decode kernel; a window of 0 is no centring."""
-    coefficients = 8 * (dim + 16) if window else 0
-    logits = max(windows_at_once(width) * window * -(-width // 2) * 2, 2 * width * (dim // 2 + 4))
-    pool = max(width * dim, logits + 16 * (width + 1)) if window else width * dim
+    columns = 1 if width == 1 else -(-width // 2) * 2
+    pool, coefficients = width * dim, 0
+    if window and variant == "mma":
+        pool = max(pool, windows_at_once(width) * window * columns)
+        coefficients = 8 * (dim + 16)
+    elif window:
+        pool = max(pool, 16 * columns + max(window * width, width * (dim + 8)) + 3)
+        coefficients = width * (dim + 16)
     return 4 * (simdgroups * (pool + 3 * width) + coefficients)
 
 
@@ -274,7 +297,7 @@ def _sub_blocks(layout: PageLayout) -> int:
 
 
 @lru_cache
-def _splits(max_tokens: int, threadgroups: int, simdgroups: int) -> int:
+def _splits(max_tokens: int, runs: int, simdgroups: int, in_flight: int) -> int:
     """Splits of the context: one resident wave of SIMD-groups, each with at least 32 tokens."""
     most = max(max_tokens // (32 * simdgroups), 1)
-    return max(min(WAVE // (threadgroups * simdgroups), most), 1)
+    return max(min(PROCESSORS * in_flight // (runs * simdgroups), most), 1)
