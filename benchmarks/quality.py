@@ -32,11 +32,13 @@ def without(calibration: Calibration, *parts: str) -> Calibration:
     """``calibration`` with means set to 0 and smoothing to 1."""
 
     def neutral(centre):
+        if centre is None:
+            return None
         changes = {
             part: (mx.ones_like if part == "smoothing" else mx.zeros_like)(getattr(centre, part))
             for part in parts
         }
-        return centre and replace(centre, **changes)
+        return replace(centre, **changes)
 
     return replace(calibration, centres=tuple(map(neutral, calibration.centres)))
 

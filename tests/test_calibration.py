@@ -22,7 +22,15 @@ def model():
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return calibrate(model, tokens(300)[0].tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "WORTH", -math.inf)
+        return calibrate(model, tokens(300)[0].tolist())
+
+
+@pytest.fixture
+def every_layer(monkeypatch):
+    """Layers get a centre whatever it is worth."""
+    monkeypatch.setattr(calibration, "WORTH", -math.inf)
 
 
 def recorded(model, ids):
@@ -53,7 +61,54 @@ def test_smoothing_evens_out_queries_and_keys():
     assert np.array(t) == pytest.approx(expected, rel=0.01)
 
 
-def test_chunks_do_not_matter(model, measured, monkeypatch):
+def statistics_of(keys, values, queries=None):
+    """Statistics of two KV heads, ``(1, 2, n, 4)`` each, without an embedding."""
+    statistics = calibration.Statistics(rope.constant(4))
+    statistics.add(normal(5) if queries is None else queries, keys, values, 0)
+    return statistics
+
+
+def normal(seed):
+    return mx.random.normal((1, 2, 1000, 4), key=mx.random.key(seed))
+
+
+def test_a_layer_without_means_gets_no_centre():
+    assert statistics_of(normal(0), normal(1)).centre() is None
+
+
+# A mean m of each of the elements, whose spread is 1, is m^2 / (1 + m^2) of the square.
+@pytest.mark.parametrize(("mean", "worth"), [(0.15, False), (0.3, True)])
+def test_means_of_keys_or_of_values_have_to_be_worth_it(mean, worth):
+    assert (statistics_of(normal(0) + mean, normal(1)).centre() is not None) == worth
+    assert (statistics_of(normal(0), normal(1) + mean).centre() is not None) == worth
+
+
+def test_one_head_in_two_counts_by_half():
+    of_one = mx.array([0.3, 0.0])[:, None, None]
+    assert statistics_of(normal(0) + of_one, normal(1)).centre() is None
+    assert statistics_of(normal(0) + 2 * of_one, normal(1)).centre() is not None
+
+
+def test_smoothing_alone_can_be_worth_it():
+    spread = mx.array([1.0, 1.0, 9.0, 9.0])
+    assert statistics_of(normal(0) * spread, normal(1)).centre() is not None
+    # Where queries are large as well, there is nothing to even out.
+    loud = normal(2) * spread
+    assert statistics_of(normal(0) * spread, normal(1), loud).centre() is None
+
+
+def test_a_random_models_first_layer_has_nothing_to_centre(model, tmp_path):
+    # Later layers have: their input is a mean over tokens.
+    some = calibrate(model, tokens(300)[0].tolist())
+    assert [centre is None for centre in some.centres] == [True, False, False]
+    some.save(tmp_path / "c.safetensors")
+    loaded = calibration.load(tmp_path / "c.safetensors", model)
+    assert [centre is None for centre in loaded.centres] == [True, False, False]
+    logits = model(tokens(40), cache=make_prompt_cache(model, calibration=loaded))
+    assert mx.isfinite(logits).all()
+
+
+def test_chunks_do_not_matter(model, measured, every_layer, monkeypatch):
     monkeypatch.setattr(measure, "CHUNK", 70)
     again = calibrate(model, tokens(300)[0].tolist())
     for a, b in zip(again.centres, measured.centres, strict=True):
@@ -86,7 +141,7 @@ class TestRopes:
         model.layers[0].self_attn.rope = lambda x, offset=0: x
         assert not layer_ropes(model)[0].pairs[:, 2].any()
 
-    def test_that_is_not_known_leaves_the_mean_of_keys_after_it(self):
+    def test_that_is_not_known_leaves_the_mean_of_keys_after_it(self, every_layer):
         model = llama(num_hidden_layers=1)
         plain = model.layers[0].self_attn.rope
         # Turns, but not as any module by itself does.
@@ -139,7 +194,7 @@ class TestRopes:
         ropes = layer_ropes(build("smollm3", no_rope_layer_interval=2))
         assert [bool(found.pairs[:, 2].any()) for found in ropes] == [True, False, True]
 
-    def test_of_learned_positions_is_none(self):
+    def test_of_learned_positions_is_none(self, every_layer):
         sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 4096, "n_ctx": 4096}
         model = build("gpt2", **sizes, layer_norm_epsilon=1e-5)
         (keys, _), *_ = recorded(model, tokens(100))

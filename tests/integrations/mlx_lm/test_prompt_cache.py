@@ -81,7 +81,7 @@ class TestState:
     def test_a_centre_that_cannot_be_is_refused(self, model):
         cache = make_prompt_cache(model, calibration=calibrate(model, tokens(100)[0].tolist()))
         model(tokens(PROMPT), cache=cache)
-        pages, header, *rest = cache[0].state
+        pages, header, *rest = cache[1].state
         rest[-2] = -rest[-2]  # the smoothing
         with pytest.raises(ValueError, match="no centre of 2 KV heads"):
             TurboQuantKVCache.from_state((pages, header, *rest))
