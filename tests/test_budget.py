@@ -70,5 +70,5 @@ def test_widths_are_kept_in_the_file(tmp_path):
     loaded = calibration.load(tmp_path / "c.safetensors", model)
     assert loaded.config == config
     caches = make_prompt_cache(model, calibration=loaded)
-    assert [c.config for c in caches] == [config.for_layer(i) for i in range(3)]
-    assert mx.array_equal(caches[2].centre.mu, measured.centres[2].mu)
+    assert [c.layout.config for c in caches] == [config.for_layer(i) for i in range(3)]
+    assert mx.array_equal(caches[2].sequences.centre.mu, measured.centres[2].mu)

@@ -214,7 +214,7 @@ LONG = [
 FAR = Centring(mean=1.0, shift=(10**6, 131071))
 PARTIAL = Centring(turned=32, neighbours=True, mean=1.0, shift=(0, 10**6))
 MERGES = [
-    (attends, [0, 47], dict(rows=3, tail=5, max_tokens=5000)),
+    (attends, [0, 47], dict(rows=3, tail=5, max_tokens=4000)),
     (attends, [0, 47], dict(rows=3, tail=5, window=7)),
     (attends, [30, 47], dict(rows=2, tail=9, window=1, sinks=True, max_tokens=5000)),
     (attends, [30, 47], dict(rows=2, tail=20, sinks=True, loud=4.0)),
