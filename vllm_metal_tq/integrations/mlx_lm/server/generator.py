@@ -134,6 +134,7 @@ class Generator(ResponseGenerator):
             except Exception as error:
                 # The text of the traceback and not the traceback, which holds pages.
                 logging.error("the batch failed: %s", traceback.format_exc())
+                self.prompt_cache.let_go()
                 message = as_api_error(error).message
                 self._end_live(lambda m=message: APIError(500, m, "internal_error"))
         self._end_live(stopping)

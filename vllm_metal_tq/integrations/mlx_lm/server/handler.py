@@ -62,8 +62,11 @@ class Handler(APIHandler):
 
     def _post(self) -> None:
         # What mlx_lm reads is then there, and an answer meets a client that is done sending.
-        self.rfile = io.BytesIO(self._read_body())
+        body = self._read_body()
+        self.rfile = io.BytesIO(body)
         try:
+            if body and not isinstance(json.loads(body), dict):  # which mlx_lm would log in full
+                raise invalid("the request must be a JSON object")
             super().do_POST()
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             raise invalid(f"the request cannot be read: {error}") from error
@@ -76,8 +79,11 @@ class Handler(APIHandler):
             answer()
         except APIError as error:
             self._answer_error(error)
-        except (ConnectionError, ClientGoneError):
+        except (ConnectionError, TimeoutError, ClientGoneError):
             self.close_connection = True
+        except Exception as error:
+            logging.exception("a request failed")
+            self._answer_error(as_api_error(error))
 
     def _read_body(self) -> bytes:
         try:
