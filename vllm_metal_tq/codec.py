@@ -45,6 +45,10 @@ VALUE_CLIPS = {
     8: (1.389,),
 }
 
+# Bits -> what makes the product of a key and its code as large as that of the key and itself. Codes
+# of the least square error are shorter than what they stand for, and so would all logits be.
+KEY_GAINS = {2: 1.13, 3: 1.036, 4: 1.011, 5: 1.0025, 6: 1.0007, 8: 1.0}
+
 # Bits -> what makes values as long as they were, on average.
 VALUE_GAINS = {2: 1.0625, 3: 1.0165, 4: 1.0035, 5: 1.001, 6: 1.0002, 8: 1.0}
 
@@ -201,7 +205,8 @@ def encode_keys(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     Returns:
         uint8 codes ``(..., dim)`` and fp16 scales ``(...)``.
     """
-    return nearest(y, [clip / 2 ** (bits - 1) for clip in KEY_CLIPS[bits]], key_codebook(bits))
+    steps = [clip / 2 ** (bits - 1) for clip in KEY_CLIPS[bits]]
+    return nearest(y, steps, key_codebook(bits), KEY_GAINS[bits])
 
 
 def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
@@ -220,7 +225,7 @@ def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
 
 
 def nearest(
-    y: mx.array, steps: Sequence[float], codebook: Uniform | Gaussian, gain: float = 1.0
+    y: mx.array, steps: Sequence[float], codebook: Uniform | Gaussian, gain: float
 ) -> tuple[mx.array, mx.array]:
     """Codes of y at the best of the steps, and this step times the gain, in fp16.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..centre import Centre
 from ..codebook import CELL_TERMS, value_codebook
-from ..codec import KEY_CLIPS, VALUE_CLIPS, VALUE_GAINS
+from ..codec import KEY_CLIPS, KEY_GAINS, VALUE_CLIPS, VALUE_GAINS
 from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
 from ..tail import TAIL
@@ -163,7 +163,7 @@ def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
     b, a_by_b, c_by_b = codebook.coefficients
     cells = [codebook.cell_polynomial(CELL_TERMS[v_bits], step) for step in steps]
     numbers = [
-        *(k_steps**2, k_steps * norm, 1 / k_steps / (2**k_bits - 1)),
+        *(k_steps**2, k_steps * norm * KEY_GAINS[k_bits], 1 / k_steps / (2**k_bits - 1)),
         *(steps**2, v_steps * norm * VALUE_GAINS[v_bits]),
         (1 / unit, codebook.cell_centre),
         *(-np.array(cells) / (2**v_bits - 1)),
