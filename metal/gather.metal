@@ -4,10 +4,10 @@
   //
   // pages        uint8 (blocks, KV heads, PAGE)
   // block_table  int32 (blocks of the sequence)
-  // num_tokens   int32 (1)
+  // num_tokens   int32 (2): tokens, and slots of each head in what is written
   // offsets      uint32 (BLOCK, ROW): where in its page each byte of a row lies
   // levels       float (2^K bits + 2^V bits): of the key codes, then of the value codes
-  // keys, values T (KV heads, tokens, D)
+  // keys, values T (KV heads, slots, D); slots beyond the tokens are left as they are
   const bool of_value = threadgroup_position_in_grid.z == 1;
   const int heads = threadgroups_per_grid.y;
   const int head = threadgroup_position_in_grid.y;
@@ -28,4 +28,4 @@
   float x[8];
   TQ_UNROLL
   for (int e = 0; e < 8; ++e) x[e] = scale * levels[first_level + int(codes[e])];
-  tq_store8((of_value ? values : keys) + (size_t(head) * num_tokens[0] + token) * D + d, x);
+  tq_store8((of_value ? values : keys) + (size_t(head) * num_tokens[1] + token) * D + d, x);

@@ -36,7 +36,8 @@ def both(config, head_dim, past_length, *, sinks=None, dtype=mx.float32, centre=
     pages = table.read(past_length)
     slots = pages.shape[1] * config.block_size
     past = codec.decode(pages, layout, centre, mx.arange(shift, shift + slots))
-    past = [x.flatten(1, 2)[None, :, :past_length] for x in past]
+    past = [x.flatten(1, 2)[None, :, :past_length].astype(dtype) for x in past]
+    past = [mx.pad(x, [(0, 0), (0, 0), (0, recent), (0, 0)]) for x in past]
     expected = attention.attend(q, k, v, past, scale=0.2, sinks=sinks, centre=centre)
     where = table.pool.pages, table.blocks, past_length, layout
     options = {"scale": 0.2, "sinks": sinks, "centre": centre, "shift": shift}

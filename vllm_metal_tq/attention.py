@@ -37,7 +37,9 @@ def attend(
             as the model made them.
         values: the same shape.
         past: rotated keys, smoothed if there is a centre, and rotated values of ``S`` older
-            tokens, ``(1, num_kv_heads, S, dim)`` each, as ``codec.decode`` gives them.
+            tokens, as ``codec.decode`` gives them, and room for the recent ones:
+            ``(1, num_kv_heads, S + R, dim)`` each in the queries' dtype. What the room holds does
+            not matter.
         scale: factor of the logits.
         mask: as ``mx.fast.scaled_dot_product_attention`` takes it, over ``S + R`` keys.
         sinks: a learned logit for each head, ``(num_heads,)``, or None.
@@ -46,19 +48,21 @@ def attend(
     Returns:
         ``(1, num_heads, L, head_dim)`` in the queries' dtype.
     """
-    if past[0].shape[2] == 0:
+    first = past[0].shape[2] - keys.shape[2]
+    if first == 0:
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks
         )
     dtype, head_dim = queries.dtype, queries.shape[-1]
     if centre:
         queries, keys = centre.unsmooth(queries), keys * centre.smoothing[:, None]
-    all_keys, all_values = (
-        mx.concatenate([old, rotate(new)], axis=2).astype(dtype)
+    # Written in place: a second copy of a layer's keys and values would be the peak of memory.
+    everything = (
+        mx.slice_update(old, rotate(new).astype(dtype), mx.array([first]), (2,))
         for old, new in zip(past, (keys, values), strict=True)
     )
     output = mx.fast.scaled_dot_product_attention(
-        rotate(queries).astype(dtype), all_keys, all_values, scale=scale, mask=mask, sinks=sinks
+        rotate(queries).astype(dtype), *everything, scale=scale, mask=mask, sinks=sinks
     )
     return unrotate(output, head_dim).astype(dtype)
 

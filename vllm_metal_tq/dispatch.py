@@ -25,7 +25,7 @@ from .layout import PageLayout
 from .pages import BlockTable, PagePool, Slots, places, scatter
 from .tail import Tail
 
-SLICE = 4096  # tokens to which means are added at a time, in float32; whole blocks
+SLICE = 512  # tokens decompressed at a time, in float32; whole blocks
 COMPILED = 1024  # functions kept: with centres each layer has its own
 
 
@@ -305,7 +305,7 @@ def attend(
             centre=centre,
             shift=shift,
         )
-    past = _read(table, past_length, queries.dtype, execute, centre, shift)
+    past = _read(table, past_length, keys.shape[2], queries.dtype, execute, centre, shift)
     return attention.attend(
         queries, keys, values, past, scale=scale, mask=mask, sinks=sinks, centre=centre
     )
@@ -314,39 +314,41 @@ def attend(
 def _read(
     table: BlockTable,
     past_length: int,
+    room: int,
     dtype: mx.Dtype,
     execute: Executor | None,
     centre: Centre | None,
     shift: int,
 ) -> list[mx.array]:
-    """Rotated keys and values of the past, ``(1, num_kv_heads, past_length, dim)`` each."""
-    pool = table.pool
-    if past_length == 0:
-        return [mx.zeros((1, pool.num_kv_heads, 0, pool.layout.dim), dtype)] * 2
-    if execute is None:
-        pages = table.read(past_length)
-        slots = pages.shape[1] * pool.layout.config.block_size
-        past = codec.decode(pages, pool.layout, centre, mx.arange(shift, shift + slots))
-        return [x.flatten(1, 2)[None, :, :past_length] for x in past]
-    blocks = mx.array(table.blocks, mx.int32)
-    past = gather_kernel.gather(pool.pages, blocks, past_length, pool.layout, dtype, execute)
-    if centre:
-        past = _with_means(past, table, centre, shift)
-    return [x[None] for x in past]
+    """Rotated keys and values of the past: ``(1, num_kv_heads, past_length + room, dim)`` each.
 
-
-def _with_means(
-    past: Sequence[mx.array], table: BlockTable, centre: Centre, shift: int
-) -> list[mx.array]:
-    """What gather made of pages, with the means of flagged tokens, slice by slice."""
-    size = table.pool.layout.config.block_size
-    slices = []
-    for start in range(0, past[0].shape[1], SLICE):
-        keys, values = (x[:, start : start + SLICE] for x in past)
-        count = keys.shape[1]
-        pages = table.pool.read(table.blocks[start // size : -(-(start + count) // size)])
-        flags = (x.flatten(1)[:, :count] for x in codec.flags(pages, table.pool.layout))
+    Made slice by slice in place, so that they are in memory once.
+    """
+    pool, layout, size = table.pool, table.pool.layout, table.pool.layout.config.block_size
+    shape = 1, pool.num_kv_heads, past_length + room, layout.dim
+    if past_length and execute:
+        blocks = mx.array(table.blocks, mx.int32)
+        gathered = gather_kernel.gather(
+            pool.pages, blocks, past_length, layout, dtype, execute, room=room
+        )
+        past = [x[None] for x in gathered]
+        if not centre:
+            return past
+    else:
+        past = [mx.zeros(shape, dtype), mx.zeros(shape, dtype)]
+    for start in range(0, past_length, SLICE):
+        count = min(SLICE, past_length - start)
+        pages = pool.read(table.blocks[start // size : -(-(start + count) // size)])
         positions = mx.arange(start + shift, start + shift + count)
-        means_added = codec.add_means(keys, values, *flags, centre, positions)
-        slices.append([x.astype(keys.dtype) for x in means_added])
-    return [mx.concatenate(x, axis=1) for x in zip(*slices, strict=True)]
+        if execute:
+            some = (x[0, :, start : start + count] for x in past)
+            flags = (x.flatten(1)[:, :count] for x in codec.flags(pages, layout))
+            parts = codec.add_means(*some, *flags, centre, positions)
+        else:
+            slots = mx.arange(start + shift, start + shift + pages.shape[1] * size)
+            decoded = codec.decode(pages, layout, centre, slots)
+            parts = (x.flatten(1, 2)[:, :count] for x in decoded)
+        for i, part in enumerate(parts):
+            past[i] = mx.slice_update(past[i], part[None].astype(dtype), mx.array([start]), (2,))
+        mx.eval(past)  # or MLX would have the parts of all slices in memory together
+    return past

@@ -22,6 +22,8 @@ def gather(
     layout: PageLayout,
     dtype: mx.Dtype = mx.float16,
     execute: Executor = on_gpu,
+    *,
+    room: int = 0,
 ) -> tuple[mx.array, mx.array]:
     """Decompress the pages of one sequence, as ``codec.decode`` does without a centre.
 
@@ -33,20 +35,21 @@ def gather(
         layout: the layout of the pages.
         dtype: float16, bfloat16 or float32.
         execute: what runs the launch.
+        room: slots after the tokens, which are left unwritten.
 
     Returns:
-        Keys and values, ``(num_kv_heads, num_tokens, dim)`` in ``dtype``, still rotated.
+        Keys and values, ``(num_kv_heads, num_tokens + room, dim)`` in ``dtype``, still rotated.
     """
     _, heads, page_bytes = pages.shape
     offsets, levels = _tables(layout)
-    shape = (heads, num_tokens, layout.dim)
+    shape = (heads, num_tokens + room, layout.dim)
     groups = -(-num_tokens * layout.dim // (ELEMENTS * THREADS))
     launch = Launch(
         kernel="gather",
         inputs={
             "pages": pages,
             "block_table": block_table,
-            "num_tokens": integers(num_tokens),
+            "num_tokens": integers(num_tokens, num_tokens + room),
             "offsets": offsets,
             "levels": levels,
         },
