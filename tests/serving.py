@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from vllm_metal_tq import TurboQuantConfig
+from vllm_metal_tq import TurboQuantConfig, pages
 from vllm_metal_tq.cli import serve
 from vllm_metal_tq.integrations.mlx_lm import CachePools
 from vllm_metal_tq.integrations.mlx_lm.server import (
@@ -61,6 +61,10 @@ def server(*flags, model=None, words=None, blocks=None, limits=None, preset=None
     """A running server; ``blocks``: so many fit into its budget."""
     model = model or models.llama()
     words = words or tokenizer()
+    # MLX refuses to evaluate in one thread what was begun in another, and these may be kept from
+    # a thread of another test that never came to need them.
+    for kept in (pages.places, pages._offsets, pages._heads):
+        kept.cache_clear()
 
     def pools(model, words):
         config = TurboQuantConfig.from_names(preset)

@@ -114,6 +114,8 @@ class Handler(APIHandler):
         if self.max_tokens is None:  # null, which means the same as nothing
             self.max_tokens = self.response_generator.cli_args.max_tokens
         super().validate_model_parameters()
+        if self.max_tokens < 1:
+            raise invalid("max_tokens must be at least 1", "max_tokens")
         for name in _NUMBERS:
             if not math.isfinite(getattr(self, name)):
                 raise invalid(f"{name} must be a finite number", name)
