@@ -614,3 +614,20 @@ def test_mlx_lms_own_server_keeps_its_own_batches():
 def test_error_texts_name_no_path_and_no_secret(served):
     text = post(served, {"prompt": "a", "stop": [5]})[1]
     assert not re.search(r"File|Traceback|site-packages", text)
+
+
+@pytest.mark.slow
+def test_a_draft_model_and_a_model_in_a_folder(tmp_path):
+    serve_load.tiny_model(tmp_path)
+    folder = str(tmp_path)
+    flags = ("--preset", "tq8", "--no-calibrate", "--kv-budget", "1MB")
+    fields = {"model": folder, "prompt": "a" * 50, "max_tokens": 40, "temperature": 0}
+    texts = []
+    for draft in ((), ("--draft-model", folder)):
+        with serve_load.server(folder, *flags, *draft) as url:
+            api = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
+            texts += [api.completions.create(**fields).choices[0].text for _ in range(2)]
+            with pytest.raises(openai.BadRequestError, match="room for"):
+                api.completions.create(**fields | {"max_tokens": 10**6})
+    assert texts == [texts[0]] * 4
+    assert texts[0]
