@@ -113,6 +113,8 @@ def store(
         else:
             chunk.tail.push(chunk.keys, chunk.values, [t.num_tokens for t in chunk.tables])
             chunk.pool.write(chunk.room(), its_rows)
+            # Or they would keep the whole chunk's keys and values until the model is through.
+            mx.eval(chunk.tail.arrays)
 
 
 def _store_on_gpu(chunk: Chunk, centre: Centre | None, execute: Executor) -> None:
@@ -128,9 +130,9 @@ def _store_on_gpu(chunk: Chunk, centre: Centre | None, execute: Executor) -> Non
 
 @lru_cache(maxsize=4)
 def _starts(*values: int) -> mx.array:
-    """Of each sequence position and index of its first new token: int32 ``(B, 2)``."""
+    """Of each sequence position and index of its first new token, int32, in this order."""
     if len(values) == 2:
-        return integers(*values)[None]
+        return integers(*values)
     return mx.array(np.array(values, np.int32).reshape(2, -1).T)
 
 
@@ -249,7 +251,9 @@ def attend_last(
 def _lengths(*values: int) -> mx.array:
     """What kernels call lengths, from three numbers a sequence. Layers share it."""
     if len(values) == 3:  # made of small arrays, see pages.places
-        return mx.concatenate([mx.array(values[:2], mx.int32), integers(values[2])])[None]
+        lengths = mx.concatenate([mx.array(values[:2], mx.int32), integers(values[2])])
+        mx.async_eval(lengths)  # see pages.places
+        return lengths
     return mx.array(np.array(values, np.int32).reshape(3, -1).T)
 
 

@@ -33,7 +33,9 @@ def places(slot_mapping: Slots, num_kv_heads: int, layout: PageLayout) -> tuple[
     ]
     # Of one dtype and shape: otherwise MLX would convert them anew in every layer.
     shape = (len(block), num_kv_heads, block.shape[1], layout.row_bytes)
-    return tuple(mx.broadcast_to(x, shape) for x in parts)
+    where = tuple(mx.broadcast_to(x, shape) for x in parts)
+    mx.async_eval(where)  # what is kept may be used in another thread, which could not begin it
+    return where
 
 
 # Kept, because with CUDA an array of over 8 bytes that the host makes costs as much as launches.
@@ -44,7 +46,7 @@ def _offsets(layout: PageLayout, *places: int) -> mx.array:
 
 @lru_cache
 def _heads(num_kv_heads: int) -> mx.array:
-    return mx.array(np.arange(num_kv_heads, dtype=np.uint32))[:, None, None]
+    return mx.array(np.arange(num_kv_heads, dtype=np.uint32).reshape(-1, 1, 1))
 
 
 def scatter(pages: mx.array, rows: mx.array, *where: mx.array) -> mx.array:
@@ -89,7 +91,7 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Blocks allocated but not in use."""
+        """Blocks allocated but not in use. To be read in the thread that uses the pool."""
         self._collect()
         return len(self._free)
 

@@ -34,12 +34,19 @@ def expected(pages, table, num_tokens, page):
     return [x.swapaxes(0, 1).reshape(HEADS, -1, page.dim)[:, :num_tokens] for x in decoded]
 
 
-def check(execute, page, table, num_tokens, dtype=mx.float32):
-    pages = random_pages(page)
-    found = gather(pages, mx.array(table, mx.int32), num_tokens, page, dtype, execute)
+def check(execute, page, table, num_tokens, dtype=mx.float32, room=0):
+    pages, blocks = random_pages(page), mx.array(table, mx.int32)
+    found = gather(pages, blocks, num_tokens, page, dtype, execute, room=room)
     for x, y in zip(found, expected(pages, table, num_tokens, page), strict=True):
         assert x.dtype == dtype
-        assert mx.array_equal(x, y.astype(dtype))
+        assert x.shape[1] == num_tokens + room
+        assert mx.array_equal(x[:, :num_tokens], y.astype(dtype))
+        assert not x[:, num_tokens:].any()
+
+
+@pytest.mark.parametrize("room", [1, 40])
+def test_room_for_recent_tokens_comes_after_the_others(room, execute):
+    check(execute, PageLayout(TurboQuantConfig(4, 3), 64), [3, 0, 5], 37, room=room)
 
 
 @pytest.mark.parametrize(

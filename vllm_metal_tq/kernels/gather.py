@@ -35,7 +35,7 @@ def gather(
         layout: the layout of the pages.
         dtype: float16, bfloat16 or float32.
         execute: what runs the launch.
-        room: slots after the tokens, which are left unwritten.
+        room: slots after the tokens, which get zeros.
 
     Returns:
         Keys and values, ``(num_kv_heads, num_tokens + room, dim)`` in ``dtype``, still rotated.
@@ -43,7 +43,7 @@ def gather(
     _, heads, page_bytes = pages.shape
     offsets, levels = _tables(layout)
     shape = (heads, num_tokens + room, layout.dim)
-    groups = -(-num_tokens * layout.dim // (ELEMENTS * THREADS))
+    groups = -(-shape[1] * layout.dim // (ELEMENTS * THREADS))
     launch = Launch(
         kernel="gather",
         inputs={

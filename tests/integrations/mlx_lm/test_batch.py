@@ -15,6 +15,7 @@ from vllm_metal_tq import TurboQuantConfig, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm import CachePools
 from vllm_metal_tq.pages import OutOfBlocks
 
+ROUNDING = 5e-4  # of logits: a GPU splits the work of several sequences otherwise than of one
 PROMPTS = [tokens(n, seed=n)[0].tolist() for n in (5, 40, 17, 90, 33, 64, 1, 150)]
 
 
@@ -118,9 +119,9 @@ def test_right_padding_is_not_stored_nor_seen(model, pools, count):
         cache = make_prompt_cache(model, TurboQuantConfig(4, 4))
         model(tokens(length, seed=length), cache=cache)
         expected = model(chunk[i : i + 1, :own], cache=cache)
-        assert mx.abs(out[i, :own] - expected[0]).max().item() < 1e-4
+        assert mx.abs(out[i, :own] - expected[0]).max().item() < ROUNDING
         expected = model(tokens(1, seed=9, batch=3)[i : i + 1], cache=cache)
-        assert mx.abs(after[i] - expected[0]).max().item() < 1e-4
+        assert mx.abs(after[i] - expected[0]).max().item() < ROUNDING
 
 
 def test_left_padding_is_not_stored_nor_seen(model, pools):
@@ -136,7 +137,7 @@ def test_left_padding_is_not_stored_nor_seen(model, pools):
         ends = sorted({0, max(20 - left, 0), 30 - left})
         parts = [chunk[i : i + 1, left + a : left + b] for a, b in pairwise(ends)]
         expected = mx.concatenate([model(part, cache=cache) for part in parts], axis=1)
-        assert mx.abs(out[i, left:] - expected[0]).max().item() < 1e-4
+        assert mx.abs(out[i, left:] - expected[0]).max().item() < ROUNDING
 
 
 def test_extracted_sequences_go_on_alone(model, pools):
@@ -147,7 +148,7 @@ def test_extracted_sequences_go_on_alone(model, pools):
     model(step[1:], cache=caches[1])
     assert single[0].offset == 71
     ours, theirs = (model(tokens(2, seed=6), cache=cache) for cache in (single, caches[1]))
-    assert mx.abs(ours - theirs).max().item() < 1e-4
+    assert mx.abs(ours - theirs).max().item() < ROUNDING
 
 
 def test_caches_of_other_pools_join_by_copy(model, pools):
@@ -160,7 +161,7 @@ def test_caches_of_other_pools_join_by_copy(model, pools):
     step = tokens(1, batch=2)
     out = model(step, cache=batch)
     expected = model(step[1:], cache=other)
-    assert mx.abs(out[1] - expected[0]).max().item() < 1e-4
+    assert mx.abs(out[1] - expected[0]).max().item() < ROUNDING
 
 
 def test_a_common_prefix_is_held_once(model, pools):
@@ -219,5 +220,5 @@ def test_a_limited_batch_drops_old_blocks_of_each_sequence(model):
         out = model(step, cache=batch)
         for i, cache in enumerate(alone_):
             expected = model(step[i : i + 1], cache=cache)
-            assert mx.abs(out[i] - expected[0]).max().item() < 1e-4
+            assert mx.abs(out[i] - expected[0]).max().item() < ROUNDING
     assert max(batch[0].sequences.lengths) <= 48

@@ -120,7 +120,10 @@ class CachePools:
         return copy.deepcopy(self._caches)
 
     def attach(self) -> None:
-        """Let mlx_lm's own ``make_prompt_cache(model)``, batches and server use these pools."""
+        """Let mlx_lm's own ``make_prompt_cache(model)``, batches and server use these pools.
+
+        They take the place of pools that were attached to the model before.
+        """
         self.model.make_cache = self.make_prompt_cache
 
     def detach(self) -> None:
