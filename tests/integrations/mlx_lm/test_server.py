@@ -196,6 +196,56 @@ def test_what_reaches_the_generation_thread_cannot_end_it(served):
     assert len(text_of(served, "abc", 3)) == 3
 
 
+_TOO_LARGE = [
+    ("repetition_context_size", 10**12, "repetition_penalty"),
+    ("presence_context_size", 10**12, "presence_penalty"),
+    ("frequency_context_size", 1 << 31, "frequency_penalty"),
+    *((f"{kind}_penalty", 10**300, None) for kind in ("repetition", "presence", "frequency")),
+    ("presence_penalty", -1e7, None),
+    *((name, 10**400, None) for name in ("temperature", "repetition_penalty")),
+    *(("logit_bias", {"9": value}, None) for value in (10**300, 10**400, float("nan"))),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "with_"), _TOO_LARGE)
+def test_numbers_that_mlx_cannot_hold_are_refused(served, name, value, with_):
+    """In the middle of a batch they would end everybody's requests."""
+    body = {"prompt": "abc", "max_tokens": 3, name: value} | ({with_: 1.1} if with_ else {})
+    code, text, _ = post(served, body)
+    assert (code, error_of(text)["type"]) == (400, "invalid_request_error"), text
+
+
+def test_numbers_at_the_limits_are_served(served):
+    sizes = dict.fromkeys(("repetition_context_size", "presence_context_size"), 1 << 30)
+    penalties = {"repetition_penalty": 10**6, "presence_penalty": -(10**6)}
+    fields = {"prompt": "abc", "max_tokens": 3}
+    odd = (sizes | penalties, {"temperature": 10**300}, {"temperature": 1e-320}, {"min_p": 1e-320})
+    for fields_too in odd:
+        assert post(served, fields | fields_too)[0] == 200, fields_too
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (None, 200),
+        ({"enable_thinking": False, "other": [1]}, 200),
+        ("abc", 400),
+        ([], 400),
+        ({"chat_template": "{% for a in range(9) %}x{% endfor %}"}, 400),
+        ({"tokenize": False}, 400),
+        ({"padding": "max_length", "max_length": 10**6}, 400),
+        ({"messages": []}, 400),
+    ],
+)
+def test_a_client_does_not_choose_how_templates_run(served, given, code):
+    messages = [{"role": "user", "content": "abc"}]
+    body = {"messages": messages, "max_tokens": 2, "chat_template_kwargs": given}
+    answer, text, _ = post(served, body, "/v1/chat/completions")
+    assert answer == code, text
+    if code == 400:
+        assert error_of(text)["param"] == "chat_template_kwargs"
+
+
 def test_a_failing_batch_ends_its_requests_and_not_the_server(served, monkeypatch):
     generator = served.generator
     monkeypatch.setattr(generator.admission, "reserve", _fail_once(generator.admission.reserve))

@@ -26,10 +26,39 @@ _NUMBERS = (
     "xtc_probability",
     "xtc_threshold",
 )
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_CONTEXT_SIZES = ("repetition_context_size", "presence_context_size", "frequency_context_size")
+_MAX_LOGIT = 1e6  # of what is added to logits or multiplies them; float16 and float32 hold them
+_MAX_CONTEXT_SIZE = 1 << 30  # MLX slices with 32 bits
+# What apply_chat_template takes beyond what it passes on to the model's own template.
+_TEMPLATE_OPTIONS = {
+    "add_generation_prompt",
+    "chat_template",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
 _OUTCOMES = {
     "context_length_exceeded": "refused",
     "kv_cache_full": "refused",
 }
+# What mlx_lm raises where a field is not what it expects.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+)
 _DRAIN_SECONDS = 2.0  # that a client has left to take notice of an answer while it still sends
 
 
@@ -68,7 +97,7 @@ class Handler(APIHandler):
             if body and not isinstance(json.loads(body), dict):  # which mlx_lm would log in full
                 raise invalid("the request must be a JSON object")
             super().do_POST()
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        except _UNREADABLE as error:
             raise invalid(f"the request cannot be read: {error}") from error
         except RecursionError:
             raise invalid("the request is nested too deeply") from None
@@ -116,16 +145,29 @@ class Handler(APIHandler):
         super().validate_model_parameters()
         if self.max_tokens < 1:
             raise invalid("max_tokens must be at least 1", "max_tokens")
-        for name in _NUMBERS:
-            if not math.isfinite(getattr(self, name)):
-                raise invalid(f"{name} must be a finite number", name)
+        self._check_numbers()
         self._check_model()
         self._check_stop()
         self._check_messages()
+        self._check_template_kwargs()
         self._check_stream_options()
         self._check_tokens()
         if self.seed is not None:
             self.seed %= 1 << 64  # of which there are so many
+
+    def _check_numbers(self) -> None:
+        # What MLX cannot convert would fail in the middle of a batch, for all who are in it.
+        for name in _NUMBERS:
+            setattr(self, name, _finite(getattr(self, name), name))
+        for name in _PENALTIES:
+            if abs(getattr(self, name)) > _MAX_LOGIT:
+                raise invalid(f"{name} must be at most {_MAX_LOGIT:g} in size", name)
+        for name in _CONTEXT_SIZES:
+            if getattr(self, name) > _MAX_CONTEXT_SIZE:
+                raise invalid(f"{name} must be at most {_MAX_CONTEXT_SIZE}", name)
+        for value in (self.logit_bias or {}).values():
+            if not abs(value) <= _MAX_LOGIT:  # nor is it NaN
+                raise invalid(f"logit_bias must be at most {_MAX_LOGIT:g} in size", "logit_bias")
 
     def _check_model(self) -> None:
         args = self.response_generator.cli_args
@@ -165,6 +207,14 @@ class Handler(APIHandler):
         if not sees and any(part.get("type") != "text" for part in content):
             # mlx_lm would fetch an image from wherever it is said to be.
             raise invalid("this model takes content of type text only", "messages")
+
+    def _check_template_kwargs(self) -> None:
+        # A client's own template would run in the generation thread, for as long as it likes.
+        given, name = self.chat_template_kwargs, "chat_template_kwargs"
+        if given is not None and not isinstance(given, dict):
+            raise invalid(f"{name} must be an object", name)
+        if refused := sorted(_TEMPLATE_OPTIONS.intersection(given or ())):
+            raise invalid(f"{name} must not have {', '.join(refused)}", name)
 
     def _check_stream_options(self) -> None:
         if self.stream_options is not None:
@@ -298,6 +348,17 @@ class Handler(APIHandler):
     def log_message(self, format: str, *args) -> None:
         """Log a request where mlx_lm logs."""
         logging.info("%s %s", self.client_address[0], format % args)
+
+
+def _finite(value: float, name: str) -> float:
+    """``value`` as a float, which JSON's integers need not fit into."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise invalid(f"{name} must be a finite number", name)
+    return number
 
 
 def _outcome(error: APIError) -> str:
