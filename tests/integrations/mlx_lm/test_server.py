@@ -11,12 +11,16 @@ import openai
 import pytest
 import serve_load
 import serving
+from mlx_lm.generate import speculative_generate_step
+from mlx_lm.models.cache import make_prompt_cache
 from prometheus_client.parser import text_string_to_metric_families
 from serving import client, get, health, post, server, wait_for
 
+from vllm_metal_tq import TurboQuantConfig
 from vllm_metal_tq.integrations.mlx_lm import CachePools
 from vllm_metal_tq.integrations.mlx_lm.server import ServerOptions, errors, sessions
 from vllm_metal_tq.integrations.mlx_lm.server.admission import Admission
+from vllm_metal_tq.integrations.mlx_lm.server.prompts import PromptCache
 
 BLOCK = 16
 LONG = {str(serving.END): -100}  # a logit bias: the text does not end before max_tokens
@@ -441,7 +445,76 @@ def test_admission_counts_what_runs_what_is_used_and_what_is_shared():
     assert len(evicted) == 2  # no more than it took
 
 
+def test_admission_evicts_nothing_for_who_cannot_join_anyway():
+    pools, evicted = _Pools(20), []
+
+    def evict():
+        evicted.append(1)
+        pools.used_blocks -= 3
+        return pools.used_blocks > 0
+
+    admission = Admission(pools, evict)
+    running = admission.reserve(tokens=10 * 16, cached=0, copies=1)  # 11 blocks
+    pools.used_blocks, running.tokens = 2 + 9, 2 * 16  # two are its own, nine are cached
+    with pytest.raises(errors.APIError) as full:
+        admission.reserve(tokens=9 * 16, cached=0, copies=1)  # 11 + 10 > 20
+    assert full.value.status == 503
+    assert not evicted
+    assert admission.outstanding == 9  # nothing is left of the one refused
+    admission.reserve(tokens=9 * 16, cached=16, copies=0)  # 11 + 8, for which the cache gives way
+    assert len(evicted) == 3
+
+
 # The prompt cache
+
+
+def _speculated(model, draft, pools, prompt, count):
+    """What mlx_lm's server has when it has answered with a draft model: a key and its caches."""
+    caches = pools.make_prompt_cache() + make_prompt_cache(draft)
+    steps = speculative_generate_step(
+        prompt, model, draft, num_draft_tokens=3, max_tokens=count, prompt_cache=caches
+    )
+    return prompt.tolist() + [token for token, _, _ in steps], caches
+
+
+@pytest.mark.parametrize("count", range(3, 9))
+def test_a_turn_after_speculation_skips_no_token(model, count):
+    draft, pools = (
+        models.llama(num_hidden_layers=1),
+        CachePools(model, TurboQuantConfig.from_names("tq8")),
+    )
+    key, caches = _speculated(model, draft, pools, models.tokens(40)[0], count)
+    kept = PromptCache(10, None, lambda: 0)
+    kept.insert_cache("m", key, caches)
+    assert caches == []
+    turn = [*key, 7, 8, 9]
+    warm, rest = kept.fetch_nearest_cache("m", turn)
+    assert len(turn) - len(rest) >= 40
+    assert {cache.offset for cache in warm} == {len(turn) - len(rest)}
+    for part, reader in ((warm[:3], model), (warm[3:], draft)):
+        cold = pools.make_prompt_cache() if reader is model else make_prompt_cache(draft)
+        expected = reader(mx.array([turn]), cache=cold)[0, -1]
+        found = reader(mx.array([rest]), cache=part)[0, -1]
+        assert mx.abs(found - expected).max() < 0.02 * mx.abs(expected).max()
+
+
+def test_caches_that_disagree_and_cannot_be_trimmed_are_not_kept(model):
+    kept = PromptCache(10, None, lambda: 0)
+    for lengths, found in (((8, 8), 8), ((9, 8), 0), ((7, 7), 7)):
+        caches = [_Untrimmable(length) for length in lengths]
+        kept.insert_cache(str(lengths), list(range(8)), caches)
+        rest = kept.fetch_nearest_cache(str(lengths), list(range(10)))[1]
+        assert 10 - len(rest) == found
+
+
+class _Untrimmable:
+    nbytes = 0
+
+    def __init__(self, offset):
+        self.offset = offset
+
+    def is_trimmable(self):
+        return False
 
 
 def test_a_prefix_is_served_from_pages_and_counted(model):

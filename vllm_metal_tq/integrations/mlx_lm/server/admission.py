@@ -79,15 +79,17 @@ class Admission:
                 "context_length_exceeded",
                 "max_tokens",
             )
-        while self._missing(blocks - self._blocks(cached)) > 0:
-            if not self._evict():
+        reservation = Reservation(blocks, cached, cached)
+        # Where the requests alone are too many, eviction would empty the prompt cache in vain.
+        hopeless = self._missing_without_cache(reservation) > 0
+        while self._missing(self._own(reservation)) > 0:
+            if hopeless or not self._evict():
                 raise APIError(
                     503,
                     "the KV cache is full: try again when other requests have finished",
                     "kv_cache_full",
                     retry_after=RETRY_AFTER,
                 )
-        reservation = Reservation(blocks, cached, cached)
         self._running.add(reservation)
         return reservation
 
@@ -100,6 +102,17 @@ class Admission:
         """Blocks that running requests may still take."""
         # A copy, because metrics are read while the generation thread goes on.
         return sum(max(r.blocks - self._blocks(r.tokens), 0) for r in tuple(self._running))
+
+    def _missing_without_cache(self, reservation: Reservation) -> int:
+        """The least that is missing for one more, whatever is evicted."""
+        limit = self._pools.max_blocks
+        if limit is None:
+            return 0
+        return sum(map(self._own, self._running)) + self._own(reservation) - limit
+
+    def _own(self, reservation: Reservation) -> int:
+        """What a request may take beyond the blocks that it shared when it was admitted."""
+        return reservation.blocks - self._blocks(reservation.cached)
 
     def _missing(self, blocks: int) -> int:
         """How many blocks are too few for a request that takes so many; none or below: it fits."""

@@ -60,10 +60,16 @@ class PromptCache(LRUPromptCache):
 
         mlx_lm's generation thread keeps the list in its variables until the next request: its
         blocks would outlive their entry.
+
+        After speculation a cache may lack the last token, and the draft model's be of another
+        length. What is kept are the tokens that all caches hold, or nothing where a cache that
+        holds more cannot be trimmed.
         """
         taken = list(prompt_cache)
         prompt_cache.clear()
-        super().insert_cache(model, tokens, taken, cache_type=cache_type)
+        held = min([len(tokens), *filter(None, map(_length, taken))])
+        if held > 0 and _trim_to(taken, held):
+            super().insert_cache(model, tokens[:held], taken, cache_type=cache_type)
 
     def evict(self) -> bool:
         """Drop the oldest entry; returns whether there was one."""
@@ -83,3 +89,17 @@ class PromptCache(LRUPromptCache):
         if n_bytes is not None and self._limit is not None:
             while self._used_bytes() > self._limit and self.evict():
                 pass
+
+
+def _length(cache) -> int:
+    """How many tokens went into a cache; 0 where it does not say, or is not used."""
+    parts = getattr(cache, "caches", [cache])  # of one that is a list of others
+    return max((int(getattr(part, "offset", 0)) for part in parts), default=0)
+
+
+def _trim_to(caches: list, held: int) -> bool:
+    """Trim all caches to so many tokens; returns whether that was possible."""
+    longer = [(cache, _length(cache) - held) for cache in caches if _length(cache) > held]
+    if longer and not can_trim_prompt_cache(caches):
+        return False
+    return all(cache.trim(count) == count for cache, count in longer)
