@@ -133,3 +133,11 @@ def _tables(pairs: bytes) -> tuple[mx.array, mx.array, mx.array]:
     columns = np.frombuffer(pairs, np.uint32).reshape(-1, 3)
     order = np.concatenate([columns[:, 0], columns[:, 1]])
     return mx.array(order), mx.array(np.argsort(order).astype(np.uint32)), mx.array(columns[:, 2])
+
+
+def alike(a: Centre | None, b: Centre | None) -> bool:
+    """Whether two centres say the same: they may come from different files."""
+    if a is b or a is None or b is None:
+        return a is b
+    arrays = zip(a.arrays, b.arrays, strict=True)
+    return all(mx.array_equal(x, y).item() for x, y in arrays)

@@ -56,7 +56,6 @@ class Chunk:
         keys: ``(B, num_kv_heads, L, head_dim)``, after RoPE.
         values: the same shape.
         tables: the pages of each sequence, all of one pool.
-        tail: the tails of the sequences.
         offsets: the position of each sequence's first new token.
         uncentred: how many of the new tokens, the first ones, get no flag f.
     """
@@ -64,7 +63,6 @@ class Chunk:
     keys: mx.array
     values: mx.array
     tables: list[BlockTable]
-    tail: Tail
     offsets: list[int]
     uncentred: int = 0
 
@@ -83,49 +81,50 @@ class Chunk:
         return tuple(table.extend(self.length) for table in self.tables)
 
 
-def store(
-    chunks: Sequence[Chunk],
-    *,
-    centre: Centre | None = None,
-    make_room: Callable[[], None] = lambda: None,
-) -> None:
-    """Store new tokens: compressed in pages, and the last of them as they came in the tails.
-
-    Args:
-        chunks: the tokens, of one layer and for one pool.
-        centre: calibration of the layer, or None.
-        make_room: called once the tokens are known to be good, before anything is stored.
+def encode(chunk: Chunk, centre: Centre | None = None) -> mx.array | None:
+    """What can be done about new tokens before anything is stored: ``store`` takes it.
 
     Raises:
         ValueError: the shapes do not fit; or, from the reference alone, an element cannot be
-            encoded. Nothing is stored then. The kernel does not wait to find out: such a vector
-            becomes NaN, and shows in what is attended.
+            encoded. The kernel does not wait to find out: such a vector becomes NaN, and shows in
+            what is attended.
     """
-    layout = chunks[0].pool.layout
-    for chunk in chunks:
-        codec.check_shapes(chunk.keys, chunk.values, layout)
-    execute = executor(layout)
-    rows = [None if execute else _encode(chunk, centre) for chunk in chunks]
-    make_room()
-    for chunk, its_rows in zip(chunks, rows, strict=True):
-        if execute:
-            _store_on_gpu(chunk, centre, execute)
-        else:
-            chunk.tail.push(chunk.keys, chunk.values, [t.num_tokens for t in chunk.tables])
-            chunk.pool.write(chunk.room(), its_rows)
-            # Or they would keep the whole chunk's keys and values until the model is through.
-            mx.eval(chunk.tail.arrays)
+    layout = chunk.pool.layout
+    codec.check_shapes(chunk.keys, chunk.values, layout)
+    return None if executor(layout) else _encode(chunk, centre)
 
 
-def _store_on_gpu(chunk: Chunk, centre: Centre | None, execute: Executor) -> None:
+def store(chunk: Chunk, tail: Tail, encoded: mx.array | None, centre: Centre | None = None) -> None:
+    """Store new tokens: compressed in pages, and the last of them as they came in the tail.
+
+    Args:
+        chunk: the tokens.
+        tail: the tails of the chunk's sequences.
+        encoded: what ``encode`` made of the chunk.
+        centre: calibration of the layer, or None.
+
+    Raises:
+        OutOfBlocks: the pool is full.
+    """
+    execute = executor(chunk.pool.layout)
+    if execute:
+        _store_on_gpu(chunk, tail, centre, execute)
+    else:
+        tail.push(chunk.keys, chunk.values, [table.num_tokens for table in chunk.tables])
+        chunk.pool.write(chunk.room(), encoded)
+        # Or they would keep the whole chunk's keys and values until the model is through.
+        mx.eval(tail.arrays)
+
+
+def _store_on_gpu(chunk: Chunk, tail: Tail, centre: Centre | None, execute: Executor) -> None:
     pool, layout = chunk.pool, chunk.pool.layout
-    chunk.tail.prepare(chunk.keys, chunk.values)
+    tail.prepare(chunk.keys, chunk.values)
     starts = _starts(*chunk.offsets, *(table.num_tokens for table in chunk.tables))
     where = places(chunk.room(), pool.num_kv_heads, layout)
     pool.pages, *arrays = _compiled_store(layout, centre, chunk.uncentred, execute)(
-        chunk.keys, chunk.values, pool.pages, *chunk.tail.arrays, starts, *where
+        chunk.keys, chunk.values, pool.pages, *tail.arrays, starts, *where
     )
-    chunk.tail.hold(tuple(arrays), chunk.length)
+    tail.hold(tuple(arrays), chunk.length)
 
 
 @lru_cache(maxsize=4)

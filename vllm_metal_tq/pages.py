@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from functools import lru_cache
 from weakref import WeakSet
 
@@ -82,7 +83,8 @@ class PagePool:
         self.tables: WeakSet[BlockTable] = WeakSet()
         self._users: list[int] = []  # of each block, how many block tables hold it
         self._free: list[int] = []
-        self._dropped: deque[list[int]] = deque()
+        self._dropped: deque[tuple[int, list[int]]] = deque()
+        self.numbering = 0  # how often blocks have got other numbers
 
     @property
     def num_blocks(self) -> int:
@@ -145,10 +147,14 @@ class PagePool:
         for block in blocks:
             self._users[block] += 1
 
+    def users(self, block: int) -> int:
+        """How many block tables hold ``block``."""
+        self._collect()
+        return self._users[block]
+
     def is_shared(self, block: int) -> bool:
         """Whether several block tables hold ``block``."""
-        self._collect()
-        return self._users[block] > 1
+        return self.users(block) > 1
 
     def release(self, blocks: list[int]) -> None:
         """One block table less holds ``blocks``."""
@@ -157,18 +163,27 @@ class PagePool:
             if not self._users[block]:
                 self._free.append(block)
 
-    def drop(self, blocks: list[int]) -> None:
-        """Release ``blocks`` soon: for what is called at any moment, in any thread."""
-        self._dropped.append(blocks)
+    def drop(self, blocks: list[int], numbering: int) -> None:
+        """Release ``blocks`` soon: for what is called at any moment, in any thread.
+
+        What was not known when blocks got other numbers was given back then.
+        """
+        self._dropped.append((numbering, blocks))
 
     def _collect(self) -> None:
         while self._dropped:
-            self.release(self._dropped.popleft())
+            numbering, blocks = self._dropped.popleft()
+            if numbering == self.numbering:
+                self.release(blocks)
 
     def copy(self, block: int) -> int:
         """A new block with the pages of ``block``."""
         (new,) = self.allocate(1)
-        self.put([new], self.pages[block : block + 1])
+        # Gathered and evaluated: what shares the pages' buffer would keep them from being written
+        # in place.
+        copied = self.pages[mx.array([block], mx.int32)]
+        mx.eval(copied)
+        self.put([new], copied)
         return new
 
     def put(self, blocks: list[int], pages: mx.array) -> None:
@@ -202,11 +217,13 @@ class PagePool:
             return
         tables = list(self.tables)  # held, so that none is dropped while numbers change
         self._collect()
-        kept = sorted({block for table in tables for block in table.blocks})
+        held = Counter(block for table in tables for block in table.blocks)
+        kept = sorted(held)
         moved = {block: new for new, block in enumerate(kept)}
-        users = [self._users[block] for block in kept]
         self.adopt(self.pages[mx.array(kept, mx.int32)], [])
-        self._users, self._free = users, []
+        self._users, self._free = [held[block] for block in kept], []
+        mx.eval(self.pages)
+        self.numbering += 1
         for table in tables:
             table.renumber(moved)
 
@@ -218,7 +235,10 @@ class PagePool:
         self._free += reversed(range(self.num_blocks, self.num_blocks + more))
         self._users += [0] * more
         new = mx.zeros((more, *self.pages.shape[1:]), mx.uint8)
-        self.pages = mx.concatenate([self.pages, new]) if self.num_blocks else new
+        if self.num_blocks:
+            new = mx.concatenate([self.pages, new])
+            mx.eval(new)  # or all layers, which grow in one step, would have both in memory
+        self.pages = new
 
 
 class BlockTable:
@@ -233,13 +253,11 @@ class BlockTable:
 
     def __init__(self, pool: PagePool):
         self.pool = pool
-        self.blocks: list[int] = []
-        self.num_tokens = 0
-        self.unchanged = 0
+        self.hold([], 0)
         pool.tables.add(self)
 
     def __del__(self):
-        self.pool.drop(self.blocks)
+        self.pool.drop(self.blocks, self._numbering)
 
     @property
     def _block_size(self) -> int:
@@ -265,19 +283,22 @@ class BlockTable:
     def hold(self, blocks: list[int], num_tokens: int) -> None:
         """Take over blocks, in order, and how many tokens they hold."""
         self.blocks, self.num_tokens, self.unchanged = blocks, num_tokens, 0
+        self._numbering = self.pool.numbering
 
     def renumber(self, moved: dict[int, int]) -> None:
         """The pool has given its blocks other numbers."""
         self.hold([moved[block] for block in self.blocks], self.num_tokens)
 
     def missing(self, count: int) -> int:
-        """Blocks that ``extend(count)`` will allocate."""
-        more = -(-(self.num_tokens + count) // self._block_size) - len(self.blocks)
-        return more + (count > 0 and self._writes_to_shared())
+        """Blocks that ``count`` more tokens need, whether older ones are dropped for them or not.
 
-    def _writes_to_shared(self) -> bool:
-        """Whether the next token goes to a block that another table holds too."""
-        return self.num_tokens % self._block_size > 0 and self.pool.is_shared(self.blocks[-1])
+        A copy of a shared block is not among them.
+        """
+        return -(-(self.num_tokens + count) // self._block_size) - len(self.blocks)
+
+    def written(self, count: int) -> list[int]:
+        """The block that holds tokens already and gets the first of ``count`` more, if any."""
+        return self.blocks[-1:] if count and self.num_tokens % self._block_size else []
 
     def extend(self, count: int) -> tuple[int, ...]:
         """Make room for ``count`` more tokens; returns their slots.
@@ -285,9 +306,9 @@ class BlockTable:
         Raises:
             OutOfBlocks: the pool is full; nothing has changed.
         """
-        self.pool.reserve(self.missing(count))
-        if count and self._writes_to_shared():
-            shared, self.blocks[-1] = self.blocks[-1], self.pool.copy(self.blocks[-1])
+        self.pool.reserve(blocks_needed([self], [count]))
+        for shared in filter(self.pool.is_shared, self.written(count)):
+            self.blocks[-1] = self.pool.copy(shared)
             self.pool.release([shared])
             self.unchanged = min(self.unchanged, len(self.blocks) - 1)
         self.blocks += self.pool.allocate(self.missing(count))
@@ -315,6 +336,11 @@ class BlockTable:
         full = self.num_tokens // self._block_size
         return min(-(-count // self._block_size), max(full - 1, 0)) * self._block_size
 
+    def freed(self, count: int) -> int:
+        """Blocks that ``evict(count)`` gives back to the pool: those that no other table holds."""
+        dropped = self.blocks[1 : 1 + self.evictable(count) // self._block_size]
+        return sum(not self.pool.is_shared(block) for block in dropped)
+
     def evict(self, count: int) -> None:
         """Drop the oldest blocks but the first, ``evictable(count)`` tokens in all.
 
@@ -332,3 +358,14 @@ class BlockTable:
             self.unchanged = min(self.unchanged, parts[0].stop)
             self.blocks = kept
             self.pool.release(gone)
+
+
+def blocks_needed(tables: Sequence[BlockTable], counts: Sequence[int]) -> int:
+    """Blocks that tables of one pool need for so many more tokens each, copies included.
+
+    Of a shared block that all of its users write to, the last one needs no copy.
+    """
+    extended = list(zip(tables, counts, strict=True))
+    written = Counter(block for table, n in extended for block in table.written(n))
+    copies = sum(min(n, tables[0].pool.users(block) - 1) for block, n in written.items())
+    return sum(table.missing(n) for table, n in extended) + copies

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from . import attention, dispatch
-from .centre import Centre
-from .pages import BlockTable, PagePool
+from .centre import Centre, alike
+from .pages import BlockTable, PagePool, blocks_needed
 from .tail import FEW, Tail
 
 
@@ -52,7 +52,7 @@ class Sequences:
         self.tail = Tail(count)
         self.offsets = [0] * count
         self._columns: list[slice] = []  # of the last chunk, those that are tokens
-        self._before: list[tuple[mx.array, ...]] = []  # tails that a long chunk sees before itself
+        self._recent: list[tuple[mx.array, ...]] = []  # tails that a long chunk sees before itself
         self._block_table: mx.array | None = None
 
     def __len__(self) -> int:
@@ -89,32 +89,40 @@ class Sequences:
                 f"keys {keys.shape} do not fit: this cache holds {expected[0]} sequences of "
                 f"{expected[1]} KV heads, as (B, num_kv_heads, L, head_dim)"
             )
-        length = keys.shape[2]
-        self._columns = list(columns or [slice(0, length)] * len(self))
+        self._columns = list(columns or [slice(0, keys.shape[2])] * len(self))
         counts = self._counts()
-        kept = [self._uncentred(i, n) for i, n in enumerate(counts)]
-        together = counts == [length] * len(self) and len(set(kept)) == 1
-        chunks = [dispatch.Chunk(keys, values, self.tables, self.tail, self.offsets, kept[0])]
-        if not together:
-            chunks = [
-                dispatch.Chunk(
-                    keys[i : i + 1, :, self._columns[i]],
-                    values[i : i + 1, :, self._columns[i]],
-                    [self.tables[i]],
-                    self.tail.take([i]),
-                    [self.offsets[i]],
-                    kept[i],
-                )
-                for i in range(len(self))
-                if counts[i]
-            ]
-        dispatch.store(chunks, centre=self.centre, make_room=self._make_room)
-        if not together:
-            stored = iter(chunk.tail for chunk in chunks)
-            self.tail = Tail.joined(
-                [next(stored) if n else self.tail.take([i]) for i, n in enumerate(counts)]
-            )
+        groups = self._groups(counts, keys.shape[2])
+        chunks = [self._chunk(keys, values, group) for group in groups]
+        encoded = [dispatch.encode(chunk, self.centre) for chunk in chunks]
+        self._make_room()
+        apart = any(len(group) < len(self) for group in groups)
+        tails = {i: self.tail.take([i]) for i in range(len(self))} if apart else {}
+        for group, chunk, rows in zip(groups, chunks, encoded, strict=True):
+            tail = tails.get(group[0], self.tail)
+            dispatch.store(chunk, tail, rows, self.centre)
+        if tails:
+            self.tail = Tail.joined(list(tails.values()))
         self.offsets = [offset + n for offset, n in zip(self.offsets, counts, strict=True)]
+
+    def _groups(self, counts: list[int], length: int) -> list[list[int]]:
+        """Sequences that are stored in one go: all of them, or each of those with tokens alone."""
+        kept = {self._uncentred(i, n) for i, n in enumerate(counts)}
+        if counts == [length] * len(self) and len(kept) == 1:
+            return [list(range(len(self)))] if length else []
+        return [[i] for i, n in enumerate(counts) if n]
+
+    def _chunk(self, keys: mx.array, values: mx.array, group: list[int]) -> dispatch.Chunk:
+        """The new tokens of some sequences, all of them or one."""
+        first, some = group[0], self._columns[group[0]]
+        if len(group) < len(self) or some != slice(0, keys.shape[2]):
+            keys, values = (x[first : first + 1, :, some] for x in (keys, values))
+        return dispatch.Chunk(
+            keys,
+            values,
+            [self.tables[i] for i in group],
+            [self.offsets[i] for i in group],
+            self._uncentred(first, some.stop - some.start),
+        )
 
     def _counts(self) -> list[int]:
         return [max(some.stop - some.start, 0) for some in self._columns]
@@ -125,27 +133,31 @@ class Sequences:
         The first block of a limited cache keeps its place when others are dropped, so that its
         positions are no longer its indices plus a constant.
         """
-        fixed = 0 if self.max_kv_size is None else self.pool.layout.config.block_size
+        if self.max_kv_size is None or self.centre is None:
+            return 0
+        fixed = self.pool.layout.config.block_size
         return max(min(fixed - self.offsets[which], count), 0)
 
     def _make_room(self) -> None:
         """What happens once a chunk is known to be good, before it is stored."""
         counts = self._counts()
-        if self.max_kv_size is not None:
-            for i, n in enumerate(counts):
-                self._evict(i, self._excess(i, n))
+        excess = [self._excess(i, n) for i, n in enumerate(counts)]
+        needed = blocks_needed(self.tables, counts) if self.tables else 0
+        freed = sum(t.freed(n) for t, n in zip(self.tables, excess, strict=True))
+        self.pool.reserve(needed - freed)  # before anything is dropped: it may raise
+        for i, n in enumerate(excess):
+            self._evict(i, n)
         self.pool.compact()
-        self.pool.reserve(sum(t.missing(n) for t, n in zip(self.tables, counts, strict=True)))
-        self._before = [
-            self.tail.ordered(i, table.num_tokens) if self._sees_chunk(n) else ()
+        self._recent = [
+            self.tail.ordered(i, table.num_tokens) if n and self._sees_chunk(n) else ()
             for i, (table, n) in enumerate(zip(self.tables, counts, strict=True))
         ]
 
-    def stored_before(self, length: int) -> list[int]:
-        """Tokens of each sequence that will be there once the next ``length`` have room."""
+    def stored_before(self, counts: Sequence[int]) -> list[int]:
+        """Tokens of each sequence that will be there once so many more have room."""
         return [
-            table.num_tokens - table.evictable(self._excess(i, length))
-            for i, table in enumerate(self.tables)
+            table.num_tokens - table.evictable(self._excess(i, n))
+            for i, (table, n) in enumerate(zip(self.tables, counts, strict=True))
         ]
 
     def _excess(self, which: int, count: int) -> int:
@@ -205,7 +217,7 @@ class Sequences:
             output = self._attend_alone(i, *parts, own, options | {"shift": shifts[i]})
             around = [(0, 0), (0, 0), (some.start, length - some.start - counts[i]), (0, 0)]
             outputs.append(mx.pad(output, around) if counts[i] < length else output)
-        self._before = [()] * len(self)
+        self._recent = [()] * len(self)
         return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
     def _own_mask(self, mask: attention.Mask, which: int, length: int) -> attention.Mask:
@@ -223,11 +235,11 @@ class Sequences:
         """Attend from the tokens of one sequence in the chunk."""
         length, table = keys.shape[2], self.tables[which]
         if not length:
-            return queries
+            return queries  # padding alone
         if not self._sees_chunk(length):
             keys, values = (x[None] for x in self.tail.ordered(which, table.num_tokens))
-        elif self._before[which]:
-            recent = zip(self._before[which], (keys, values), strict=True)
+        elif self._recent[which]:
+            recent = zip(self._recent[which], (keys, values), strict=True)
             keys, values = (mx.concatenate([old[None], new], axis=2) for old, new in recent)
         past_length = table.num_tokens - keys.shape[2]
         if self.raw_window is not None:
@@ -262,28 +274,41 @@ class Sequences:
             table.trim(count)
         self.offsets = [offset - count for offset in self.offsets]
 
+    def like(self, count: int, pool: PagePool | None = None) -> Sequences:
+        """As many new sequences with the settings of these."""
+        new = Sequences(pool or self.pool, count, centre=self.centre, max_kv_size=self.max_kv_size)
+        new.raw_window = self.raw_window
+        return new
+
     def take(self, which: Sequence[int]) -> Sequences:
         """Some of the sequences, as others of the same tokens: blocks are shared."""
-        tables = [self.tables[i].fork() for i in which]
-        return self._with(tables, self.tail.take(which), [self.offsets[i] for i in which])
+        new = self.like(0)
+        new.tables = [self.tables[i].fork() for i in which]
+        new.tail, new.offsets = self.tail.take(which), [self.offsets[i] for i in which]
+        return new
 
     def keep(self, which: Sequence[int]) -> None:
         """Forget all sequences but some, which come in the order of ``which``."""
-        self.tables = [self.tables[i] for i in which]
-        self.tail = self.tail.take(which)
-        self.offsets = [self.offsets[i] for i in which]
+        again = len(set(which)) < len(which)
+        self.tables = [self.tables[i].fork() if again else self.tables[i] for i in which]
+        self.tail, self.offsets = self.tail.take(which), [self.offsets[i] for i in which]
         self._block_table = None
 
     def extend(self, others: Sequences) -> None:
-        """Add ``others``, which stay as they are: blocks are shared, or copied to this pool."""
-        tables = (table.fork().moved(self.pool) for table in others.tables)
-        self.tables += tables
-        self.tail = Tail.joined([self.tail, others.tail])
-        self.offsets += others.offsets
-        self._block_table = None
+        """Add ``others``, which stay as they are: blocks are shared, or copied to this pool.
 
-    def _with(self, tables: list[BlockTable], tail: Tail, offsets: list[int]) -> Sequences:
-        others = Sequences(self.pool, 0, centre=self.centre, max_kv_size=self.max_kv_size)
-        others.tables, others.tail, others.offsets = tables, tail, offsets
-        others.raw_window = self.raw_window
-        return others
+        Raises:
+            ValueError: they were stored with other widths, another centre or another limit.
+            OutOfBlocks: there is no room for copies; nothing has changed.
+        """
+        ours, theirs = ((x.pool.layout, x.pool.num_kv_heads, x.max_kv_size) for x in (self, others))
+        if ours != theirs or not alike(self.centre, others.centre):
+            raise ValueError(
+                "sequences of one batch must have the same widths, block size, limit and "
+                f"calibration: {ours[0].config.label}, max_kv_size {ours[2]} cannot be joined by "
+                f"{theirs[0].config.label}, max_kv_size {theirs[2]}"
+            )
+        self.tables = self.tables + [table.fork().moved(self.pool) for table in others.tables]
+        self.tail = Tail.joined([self.tail, others.tail])
+        self.offsets = self.offsets + others.offsets
+        self._block_table = None

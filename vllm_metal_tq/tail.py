@@ -27,7 +27,7 @@ class Tail:
     def __init__(self, count: int = 1):
         self.arrays: tuple[mx.array, mx.array] | None = None
         self.lengths = [0] * count
-        self._before: tuple[tuple, list[int], int] | None = None
+        self._undo: tuple[tuple, list[int], int] | None = None  # what it was, how many came then
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class Tail:
     def hold(self, arrays: tuple[mx.array, mx.array], new: int) -> None:
         """Take over arrays to which ``new`` tokens of each sequence were added."""
         # Of a few tokens some may be trimmed soon: drafts that the model refuses.
-        self._before = (self.arrays, self.lengths, new) if 1 < new <= FEW else None
+        self._undo = (self.arrays, self.lengths, new) if 1 < new <= FEW else None
         self.arrays, self.lengths = arrays, [min(n + new, TAIL) for n in self.lengths]
 
     def ordered(self, which: int, num_tokens: int) -> tuple[mx.array, ...]:
@@ -69,17 +69,17 @@ class Tail:
         Where those belong to the last chunk and it was of at most ``FEW`` tokens, what they took
         the place of comes back.
         """
-        if self._before and count <= self._before[2]:
-            earlier, lengths, new = self._before
+        if self._undo and count <= self._undo[2]:
+            earlier, lengths, new = self._undo
             ages = (np.array(ends)[:, None] - 1 - np.arange(TAIL)) % TAIL  # of the slots' tokens
             gone = mx.array(ages < count)[:, None, :, None]
             self.arrays = tuple(
                 mx.where(gone, old, now) for old, now in zip(earlier, self.arrays, strict=True)
             )
-            self._before = earlier, lengths, new - count
+            self._undo = earlier, lengths, new - count
             self.lengths = [min(n + new - count, TAIL) for n in lengths]
         else:
-            self._before = None
+            self._undo = None
             self.lengths = [max(n - count, 0) for n in self.lengths]
 
     def shift(self, which: int, count: int, remaining: int) -> None:
@@ -90,7 +90,7 @@ class Tail:
             count: how many, by which the index of every later token falls.
             remaining: how many tokens come after the gap.
         """
-        self._before = None
+        self._undo = None
         self.lengths[which] = min(self.lengths[which], remaining)
         if self.arrays and count % TAIL:
             rolled = (mx.roll(x[which], -count, axis=1) for x in self.arrays)
@@ -106,6 +106,10 @@ class Tail:
         if self.arrays:
             rows = mx.array(list(which), mx.int32)
             tail.arrays = tuple(x[rows] for x in self.arrays)
+            if self._undo:
+                arrays, lengths, new = self._undo
+                kept = tuple(x[rows] for x in arrays)
+                tail._undo = kept, [lengths[i] for i in which], new
         return tail
 
     @staticmethod

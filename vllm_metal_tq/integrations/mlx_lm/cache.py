@@ -82,10 +82,7 @@ class TurboQuantKVCache(host._BaseCache):
                 with the same budget.
         """
         if self.empty() and keys.shape[0] > 1:  # the first chunk says how many sequences there are
-            options = {"centre": self.sequences.centre, "max_kv_size": self.sequences.max_kv_size}
-            raw_window = self.sequences.raw_window
-            self.sequences = Sequences(self.pool, keys.shape[0], **options)
-            self.sequences.raw_window = raw_window
+            self.sequences = self.sequences.like(keys.shape[0])
         self.sequences.store(keys, values)
         return keys, values
 
@@ -103,8 +100,12 @@ class TurboQuantKVCache(host._BaseCache):
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""
-        stored = max(self.sequences.stored_before(N))
+        stored = max(self.sequences.stored_before(self._next_counts(N)))
         return host.create_attention_mask(N, stored, return_array, window_size)
+
+    def _next_counts(self, length: int) -> list[int]:
+        """Of each sequence, how many of the next ``length`` columns are tokens."""
+        return [length] * len(self.sequences)
 
     @property
     def bits(self) -> int:
@@ -152,26 +153,28 @@ class TurboQuantKVCache(host._BaseCache):
     def merge(caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
         """The sequences of all ``caches`` as a batch. Blocks are shared, no page is copied.
 
-        Only caches whose layer has another pool than that of the first are copied to that one.
+        Only caches whose layer has another pool than the first with a budget, or the first, are
+        copied to that one.
+
+        Raises:
+            ValueError: the caches differ in more than their tokens; see ``Sequences.extend``.
         """
-        first, *others = caches
-        batch = first.sequences.take(range(len(first.sequences)))
-        for other in others:
-            batch.extend(other.sequences)
+        pools = [cache.pool for cache in caches]
+        limited = [pool for pool in pools if pool.max_blocks is not None]
+        batch = caches[0].sequences.like(0, (limited or pools)[0])
+        for cache in caches:
+            batch.extend(cache.sequences)
         return BatchTurboQuantKVCache.of(batch)
 
     def compacted(self) -> TurboQuantKVCache:
         """A copy with a pool of its own, which holds nothing else: what is to be saved."""
-        pool = PagePool(self.layout, self.pool.num_kv_heads)
-        sequences = Sequences(
-            pool, 0, centre=self.sequences.centre, max_kv_size=self.sequences.max_kv_size
-        )
+        sequences = self.sequences.like(0, PagePool(self.layout, self.pool.num_kv_heads))
         sequences.extend(self.sequences)
         return self.of(sequences)
 
     @property
     def state(self) -> tuple[mx.array, ...]:
-        """The pool's pages, one int32 array of numbers, the tail's two arrays, the centre's four.
+        """The pages, one int32 array of numbers, the tail's two arrays, the centre's four.
 
         The last two parts are there where the cache has them, the numbers where it holds one
         sequence: several cannot be saved.
@@ -180,6 +183,8 @@ class TurboQuantKVCache(host._BaseCache):
         tail = some.tail.arrays if some.tail.arrays else ()
         if len(some) != 1:
             return pages, *tail
+        if self.pool.num_used > len(some.tables[0].blocks):
+            return self.compacted().state  # nobody else's pages
         header = [
             STATE_VERSION,
             self.layout.config.k_bits,
@@ -273,8 +278,8 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
             right_padding: of each sequence, columns after its tokens.
         """
         if left_padding is not None:
-            if not self.empty():
-                raise ValueError("left padding can only be added while nothing is stored")
+            if not self.empty() or right_padding is not None:
+                raise ValueError("left padding comes alone, and while nothing is stored")
             self._left = [int(n) for n in left_padding]
         if right_padding is not None and max(right_padding) > 0:
             self._right = [int(n) for n in lengths]
@@ -285,14 +290,22 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store the tokens of a chunk, ``(B, num_kv_heads, L, head_dim)`` each; see the base."""
-        length, count = keys.shape[2], len(self.sequences)
+        columns = self._next_columns(keys.shape[2])
+        self.sequences.store(keys, values, columns)
+        self._left = [n - x.start for n, x in zip(self._left, columns, strict=False)]
+        self._left = self._left if any(self._left) else []
+        self._right = [n - x.stop for n, x in zip(self._right, columns, strict=False)]
+        return keys, values
+
+    def _next_columns(self, length: int) -> list[slice]:
+        """Of each sequence, which of the next ``length`` columns are tokens."""
+        count = len(self.sequences)
         starts = [min(n, length) for n in self._left or [0] * count]
         ends = [min(n, length) for n in self._right or [length] * count]
-        self.sequences.store(keys, values, list(map(slice, starts, ends)))
-        self._left = [n - start for n, start in zip(self._left, starts, strict=False)]
-        self._left = self._left if any(self._left) else []
-        self._right = [n - end for n, end in zip(self._right, ends, strict=False)]
-        return keys, values
+        return list(map(slice, starts, ends))
+
+    def _next_counts(self, length: int) -> list[int]:
+        return [x.stop - x.start for x in self._next_columns(length)]
 
     def filter(self, batch_indices) -> None:
         """Keep only the sequences with these indices, in their order."""
@@ -303,7 +316,13 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
         super().filter(which)
 
     def extend(self, other: BatchTurboQuantKVCache) -> None:
-        """Let the sequences of ``other`` join."""
+        """Let the sequences of ``other`` join.
+
+        Raises:
+            ValueError: padding was announced and has not come, or see ``Sequences.extend``.
+        """
+        if any(map(len, (self._left, self._right, other._left, other._right))):
+            raise ValueError("a batch that waits for padding cannot be joined, nor join")
         self.sequences.extend(other.sequences)
 
 

@@ -33,8 +33,10 @@ class CachePools:
         calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
             k_proj serves where a layer has one.
         max_bytes: the most that the pages of all layers may take. None: no limit. What would need
-            more raises ``OutOfBlocks``, in the first layer, before any has stored anything. The
-            last tokens as they came, ``TAIL`` of each sequence, are not counted.
+            more raises ``OutOfBlocks``, in the first compressed layer, before any such has
+            stored anything; layers that are not compressed may have, and then their prompt
+            cache is of no more use. The last tokens as they came, ``TAIL`` of each sequence, are
+            not counted.
 
     Raises:
         ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks,
