@@ -47,7 +47,9 @@ def measure(kind: str, length: int) -> dict[str, int]:
     mx.clear_cache()
     weights = mx.get_active_memory()
     mx.reset_peak_memory()
-    next(generate_step(mx.array(ids), model, prompt_cache=caches, prefill_step_size=STEP))
+    steps = generate_step(mx.array(ids), model, prompt_cache=caches, prefill_step_size=STEP)
+    next(steps)
+    steps.close()
     args = model.args
     head_dim = args.hidden_size // args.num_attention_heads
     return {

@@ -16,7 +16,7 @@
   const int d = work % (D / 8) * 8;
   if (token >= num_tokens[1]) return;
   device T* slot = (of_value ? values : keys) + (size_t(head) * num_tokens[1] + token) * D + d;
-  float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  float x[8] = {};
   if (token >= num_tokens[0]) {
     tq_store8(slot, x);
     return;

@@ -2,8 +2,10 @@ import mlx.core as mx
 import pytest
 from models import llama, tokens
 
-from vllm_metal_tq import budget
+from vllm_metal_tq import TurboQuantConfig, budget
+from vllm_metal_tq.evaluate import compressed
 from vllm_metal_tq.integrations.mlx_lm import calibrate
+from vllm_metal_tq.sweep import measure
 
 
 def widths(config, layers):
@@ -56,6 +58,18 @@ def test_the_layer_whose_values_speak_loudest_is_found():
     assert len(found) == 3
     assert max(range(3), key=lambda i: found[i][1]) == 1
     assert all(kl > 0 for halves in found for kl in halves)
+
+
+def test_of_one_layer_it_measures_what_evaluation_does():
+    model, ids = llama(num_hidden_layers=1), tokens(161)[0].tolist()
+    calibration, window = calibrate(model, ids), len(ids) - 1
+    methods = [
+        compressed(model, TurboQuantConfig(*widths), window, calibration=calibration)
+        for widths in ((budget.PROBED, budget.FINE), (budget.FINE, budget.PROBED))
+    ]
+    points = measure(model, ids, methods, window=window, tokens=window)
+    (halves,) = budget.sensitivities(model, ids, calibration)
+    assert halves == pytest.approx([point.kl for point in points])
 
 
 def test_widths_are_kept_in_the_file(tmp_path):

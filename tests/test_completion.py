@@ -53,4 +53,4 @@ def test_the_prompt_reads_the_compressed_cache_too(model):
     method = compressed(model, TurboQuantConfig(2, 2), 300, tail=False)
     caches = method.caches(model)
     answer(model, caches=caches)
-    assert all(cache.offset >= 300 and cache.raw_window == 1 for cache in caches)
+    assert all(cache.offset >= 300 and cache.sequences.raw_window == 1 for cache in caches)

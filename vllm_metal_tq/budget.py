@@ -16,9 +16,9 @@ import mlx_lm.models.cache as host
 
 from .calibration import Calibration
 from .config import WIDTHS, TurboQuantConfig
+from .evaluate import as_decoding
 from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
 from .sweep import Method, measure
-from .tail import TAIL
 
 PROBED, FINE = 3, 8  # bits of the half that is measured, and of the other
 
@@ -49,8 +49,7 @@ def sensitivities(
             made = host.make_prompt_cache(model)
             config = TurboQuantConfig(*widths)
             made[layer] = make_prompt_cache(model, config, calibration=calibration)[layer]
-            made[layer].raw_window = TAIL
-            return made
+            return as_decoding(made)
 
         return caches
 

@@ -104,14 +104,19 @@ def compressed(
 
     def caches(model: nn.Module) -> list:
         made = make_prompt_cache(model, config, calibration=calibration)
-        for cache in _ours(made):
-            cache.sequences.raw_window = TAIL if tail else 1
-        return made
+        return as_decoding(made, TAIL if tail else 1)
 
     pages = _page_bits(caches(model))
     if not tail:
         return Method(OURS, f"{config.label} without tail", pages, caches)
     return Method(OURS, config.label, pages + KEPT_BITS * min(TAIL / window, 1), caches)
+
+
+def as_decoding(caches: list, raw_window: int = TAIL) -> list:
+    """``caches``, of which ours now show a chunk's tokens what decoding them would have shown."""
+    for cache in _ours(caches):
+        cache.sequences.raw_window = raw_window
+    return caches
 
 
 def _ours(caches: list) -> list[TurboQuantKVCache]:
