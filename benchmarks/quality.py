@@ -20,8 +20,7 @@ import shipped  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, demo_model, sweep  # noqa: E402
 from vllm_metal_tq.calibration import Calibration  # noqa: E402
-from vllm_metal_tq.cli.common import CALIBRATION_TOKENS  # noqa: E402
-from vllm_metal_tq.config import PRESETS  # noqa: E402
+from vllm_metal_tq.config import CALIBRATION_TOKENS, PRESETS  # noqa: E402
 from vllm_metal_tq.evaluate import Method, compressed  # noqa: E402
 from vllm_metal_tq.integrations.mlx_lm import calibrate  # noqa: E402
 

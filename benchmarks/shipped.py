@@ -3,7 +3,7 @@
 from importlib.resources import files
 
 from vllm_metal_tq.calibration import Calibration
-from vllm_metal_tq.cli.common import CALIBRATION_TOKENS
+from vllm_metal_tq.config import CALIBRATION_TOKENS
 from vllm_metal_tq.integrations.mlx_lm import calibrate
 
 

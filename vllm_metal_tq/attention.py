@@ -67,6 +67,17 @@ def attend(
     return unrotate(output, head_dim).astype(dtype)
 
 
+def window_mask(length: int, num_tokens: int, window: int) -> mx.array:
+    """Which of ``num_tokens`` tokens each of the last ``length`` sees of the ``window`` up to it.
+
+    Returns:
+        bool ``(length, num_tokens)``.
+    """
+    tokens = mx.arange(num_tokens)
+    distance = tokens[-length:, None] - tokens
+    return (distance >= 0) & (distance < window)
+
+
 def decode_mask(mask: Mask, length: int, num_tokens: int, recent: int, raw_window: int) -> mx.array:
     """The mask under which a chunk sees exactly what token-by-token decoding would.
 

@@ -19,6 +19,9 @@ PRESETS = {
 
 DEFAULT_PRESET = "tq4"
 
+CALIBRATION_TOKENS = 1024
+"""Of a text that a calibration is measured on: more change nothing."""
+
 QUANT_NAMES = {f"q{bits}_0": bits for bits in WIDTHS} | {
     f"{kind}{bits}": bits for bits in (2, 4, 8) for kind in ("int", "uint")
 }

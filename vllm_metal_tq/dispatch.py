@@ -181,7 +181,11 @@ def _compiled_store(
 
 @lru_cache(maxsize=COMPILED)
 def _compiled_decode(
-    layout: PageLayout, scale: float, max_tokens: int, centre: Centre | None, execute: Executor
+    layout: PageLayout,
+    options: decode_kernel.Options,
+    max_tokens: int,
+    centre: Centre | None,
+    execute: Executor,
 ) -> Callable[..., mx.array]:
     def decode(queries, pages, block_table, lengths, tail_keys, tail_values, sinks):
         tail = tail_keys, tail_values
@@ -191,7 +195,7 @@ def _compiled_decode(
             block_table,
             lengths,
             layout,
-            decode_kernel.Options(scale),
+            options,
             tail=tuple(x.astype(queries.dtype) for x in tail),
             sinks=sinks,
             centre=centre,
@@ -213,6 +217,7 @@ def attend_last(
     mask: attention.Mask = None,
     sinks: mx.array | None = None,
     centre: Centre | None = None,
+    window: int = 0,
 ) -> mx.array | None:
     """Attend from the last few tokens of some sequences, which are stored already, in one call.
 
@@ -228,6 +233,7 @@ def attend_last(
         mask: None or "causal" are served.
         sinks: as for ``attend``.
         centre: as for ``attend``.
+        window: how many tokens a query sees, itself included; 0 is all.
 
     Returns:
         ``(B, num_heads, L, head_dim)``, or None where the kernels do not serve.
@@ -241,7 +247,8 @@ def attend_last(
     # A power of two, so that a growing context seldom asks for another compiled function.
     max_tokens = 1 << (max(past) - 1).bit_length()
     ends = (table.num_tokens for table in tables)
-    return _compiled_decode(pool.layout, scale, max_tokens, centre, execute)(
+    options = decode_kernel.Options(scale, window)
+    return _compiled_decode(pool.layout, options, max_tokens, centre, execute)(
         queries, pool.pages, block_table, _lengths(*past, *ends, *shifts), *tail.arrays, sinks
     )
 
@@ -265,7 +272,8 @@ def attend(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    table: BlockTable,
+    pool: PagePool,
+    blocks: list[int],
     past_length: int,
     *,
     scale: float,
@@ -281,7 +289,8 @@ def attend(
         keys: ``(1, num_kv_heads, R, head_dim)`` of the ``R >= L`` recent tokens, the chunk last,
             as the model made them.
         values: the same shape.
-        table: the pages of the sequence; its first ``past_length`` tokens are the past.
+        pool: where the past is.
+        blocks: its blocks, in order.
         past_length: tokens that are read from pages, those before the recent ones.
         scale: factor of the logits.
         mask: as ``mx.fast.scaled_dot_product_attention`` takes it, over past and recent tokens.
@@ -292,15 +301,15 @@ def attend(
     Returns:
         ``(1, num_heads, L, head_dim)`` in the queries' dtype.
     """
-    layout, rows = table.pool.layout, queries.shape[2]
+    layout, rows = pool.layout, queries.shape[2]
     execute = executor(layout)
     if past_length and not execute and rows == 1 and _in_order(mask, rows):
         return cpu.attend_token(
             queries,
             keys,
             values,
-            table.pool.pages,
-            table.blocks,
+            pool.pages,
+            blocks,
             past_length,
             layout,
             scale=scale,
@@ -308,14 +317,15 @@ def attend(
             centre=centre,
             shift=shift,
         )
-    past = _read(table, past_length, keys.shape[2], queries.dtype, execute, centre, shift)
+    past = _read(pool, blocks, past_length, keys.shape[2], queries.dtype, execute, centre, shift)
     return attention.attend(
         queries, keys, values, past, scale=scale, mask=mask, sinks=sinks, centre=centre
     )
 
 
 def _read(
-    table: BlockTable,
+    pool: PagePool,
+    blocks: list[int],
     past_length: int,
     room: int,
     dtype: mx.Dtype,
@@ -327,12 +337,12 @@ def _read(
 
     Made slice by slice in place, so that they are in memory once.
     """
-    pool, layout, size = table.pool, table.pool.layout, table.pool.layout.config.block_size
+    layout, size = pool.layout, pool.layout.config.block_size
     shape = 1, pool.num_kv_heads, past_length + room, layout.dim
     if past_length and execute:
-        blocks = mx.array(table.blocks, mx.int32)
+        table = mx.array(blocks, mx.int32)
         gathered = gather_kernel.gather(
-            pool.pages, blocks, past_length, layout, dtype, execute, room=room
+            pool.pages, table, past_length, layout, dtype, execute, room=room
         )
         past = [x[None] for x in gathered]
         if not centre:
@@ -341,7 +351,7 @@ def _read(
         past = [mx.zeros(shape, dtype), mx.zeros(shape, dtype)]
     for start in range(0, past_length, SLICE):
         count = min(SLICE, past_length - start)
-        pages = pool.read(table.blocks[start // size : -(-(start + count) // size)])
+        pages = pool.read(blocks[start // size : -(-(start + count) // size)])
         positions = mx.arange(start + shift, start + shift + count)
         if execute:
             some = (x[0, :, start : start + count] for x in past)

@@ -94,7 +94,8 @@ class Sequences:
         groups = self._groups(counts, keys.shape[2])
         chunks = [self._chunk(keys, values, group) for group in groups]
         encoded = [dispatch.encode(chunk, self.centre) for chunk in chunks]
-        self._make_room()
+        self._make_room(counts)
+        self._keep_recent(counts)
         apart = any(len(group) < len(self) for group in groups)
         tails = {i: self.tail.take([i]) for i in range(len(self))} if apart else {}
         for group, chunk, rows in zip(groups, chunks, encoded, strict=True):
@@ -138,9 +139,8 @@ class Sequences:
         fixed = self.pool.layout.config.block_size
         return max(min(fixed - self.offsets[which], count), 0)
 
-    def _make_room(self) -> None:
+    def _make_room(self, counts: list[int]) -> None:
         """What happens once a chunk is known to be good, before it is stored."""
-        counts = self._counts()
         excess = [self._excess(i, n) for i, n in enumerate(counts)]
         needed = blocks_needed(self.tables, counts) if self.tables else 0
         freed = sum(t.freed(n) for t, n in zip(self.tables, excess, strict=True))
@@ -148,6 +148,9 @@ class Sequences:
         for i, n in enumerate(excess):
             self._evict(i, n)
         self.pool.compact()
+
+    def _keep_recent(self, counts: list[int]) -> None:
+        """Tails from before a chunk, where it will see them."""
         self._recent = [
             self.tail.ordered(i, table.num_tokens) if n and self._sees_chunk(n) else ()
             for i, (table, n) in enumerate(zip(self.tables, counts, strict=True))
@@ -186,6 +189,7 @@ class Sequences:
         scale: float,
         mask: attention.Mask = None,
         sinks: mx.array | None = None,
+        window: int = 0,
     ) -> mx.array:
         """Attend from the chunk that was just stored.
 
@@ -197,6 +201,8 @@ class Sequences:
             mask: None, "causal", or an array ``(..., L, S + L)`` over the S tokens of the longest
                 sequence before the chunk, those of the others at its end, and the chunk.
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
+            window: how many tokens a query sees, itself included; 0 is all. With one, ``mask``
+                must be None or "causal".
 
         Returns:
             ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
@@ -206,7 +212,14 @@ class Sequences:
         options = {"scale": scale, "sinks": sinks, "centre": self.centre}
         if counts == [length] * len(self) and not self._sees_chunk(length):
             attended = dispatch.attend_last(
-                queries, self.tables, self.tail, self.block_table, shifts, mask=mask, **options
+                queries,
+                self.tables,
+                self.tail,
+                self.block_table,
+                shifts,
+                mask=mask,
+                window=window,
+                **options,
             )
             if attended is not None:
                 return attended
@@ -214,10 +227,9 @@ class Sequences:
         for i, some in enumerate(self._columns):
             parts = [x[i : i + 1, :, some] for x in (queries, keys, values)]
             own = self._own_mask(mask, i, length)
-            output = self._attend_alone(i, *parts, own, options | {"shift": shifts[i]})
+            output = self._attend_alone(i, *parts, own, window, options | {"shift": shifts[i]})
             around = [(0, 0), (0, 0), (some.start, length - some.start - counts[i]), (0, 0)]
             outputs.append(mx.pad(output, around) if counts[i] < length else output)
-        self._recent = [()] * len(self)
         return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
     def _own_mask(self, mask: attention.Mask, which: int, length: int) -> attention.Mask:
@@ -231,7 +243,9 @@ class Sequences:
         past = mask[..., some, chunk - stored : chunk]
         return mx.concatenate([past, mask[..., some, chunk:][..., some]], axis=-1)
 
-    def _attend_alone(self, which: int, queries, keys, values, mask, options: dict) -> mx.array:
+    def _attend_alone(
+        self, which: int, queries, keys, values, mask, window: int, options: dict
+    ) -> mx.array:
         """Attend from the tokens of one sequence in the chunk."""
         length, table = keys.shape[2], self.tables[which]
         if not length:
@@ -241,13 +255,21 @@ class Sequences:
         elif self._recent[which]:
             recent = zip(self._recent[which], (keys, values), strict=True)
             keys, values = (mx.concatenate([old[None], new], axis=2) for old, new in recent)
-        past_length = table.num_tokens - keys.shape[2]
+        past_length, blocks = table.num_tokens - keys.shape[2], table.blocks
+        if window and table.num_tokens > window:
+            size = self.pool.layout.config.block_size
+            unseen = min(max(table.num_tokens - length + 1 - window, 0), past_length) // size
+            blocks, past_length = blocks[unseen:], past_length - unseen * size
+            options["shift"] += unseen * size
+            mask = attention.window_mask(length, past_length + keys.shape[2], window)
         if self.raw_window is not None:
             mask = attention.decode_mask(
                 mask, length, table.num_tokens, keys.shape[2], self.raw_window
             )
             past_length = table.num_tokens
-        return dispatch.attend(queries, keys, values, table, past_length, mask=mask, **options)
+        return dispatch.attend(
+            queries, keys, values, self.pool, blocks, past_length, mask=mask, **options
+        )
 
     @property
     def block_table(self) -> mx.array:

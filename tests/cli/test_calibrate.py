@@ -4,6 +4,7 @@ import pytest
 
 from vllm_metal_tq import calibration
 from vllm_metal_tq.cli import main
+from vllm_metal_tq.integrations.mlx_lm import measure
 
 
 def calibrate(capsys, *flags):
@@ -37,10 +38,8 @@ def test_a_text_of_ones_own_goes_where_it_is_found(capsys, demo, tmp_path, monke
 
 
 def test_the_first_use_of_a_model_calibrates_it_once(capsys, demo, tmp_path, monkeypatch):
-    from vllm_metal_tq.cli import common
-
     monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(common, "CALIBRATION_TOKENS", 64)
+    monkeypatch.setattr(measure, "CALIBRATION_TOKENS", 64)
     generate = ["generate", "--model", "demo", "-m", "1", "--json"]
     assert main([*generate, "--no-calibrate"]) == 0
     assert calibration.find(demo[0]) is None
@@ -57,16 +56,15 @@ def test_the_first_use_of_a_model_calibrates_it_once(capsys, demo, tmp_path, mon
     assert "make it anew with `vllm-metal-tq calibrate`" in error
 
 
-def test_a_calibration_that_cannot_be_kept_serves_all_the_same(capsys, tmp_path, monkeypatch):
-    from vllm_metal_tq.cli import common
-
+def test_a_calibration_that_cannot_be_kept_serves_all_the_same(
+    capsys, caplog, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(calibration, "user_cache_path", lambda name: tmp_path / "file" / name)
-    monkeypatch.setattr(common, "CALIBRATION_TOKENS", 64)
+    monkeypatch.setattr(measure, "CALIBRATION_TOKENS", 64)
     assert main(["generate", "--model", "demo", "-m", "1", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["tokens"] == 1
-    assert err.startswith("the calibration is not kept: ")
+    assert json.loads(capsys.readouterr().out)["tokens"] == 1
+    assert caplog.messages[0].startswith("the calibration is not kept: ")
 
 
 def test_widths_chosen_within_a_budget_serve_where_none_are_named(capsys, tmp_path, monkeypatch):

@@ -112,6 +112,7 @@ def test_the_default_budget_is_a_share_of_what_metal_recommends(monkeypatch):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_client_is_answered_until_a_signal_comes(capsys, sign):
     """The command in this thread; the client, and then the signal, from another."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     got = {}

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from ..config import CALIBRATION_TOKENS
 from . import common
 
 PROBED_TOKENS = 385  # that widths are chosen on: every layer runs over them twice
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        default=common.CALIBRATION_TOKENS,
+        default=CALIBRATION_TOKENS,
         help="tokens of it to use at most",
     )
     parser.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -17,7 +16,6 @@ from rich.table import Table
 from ..config import DEFAULT_PRESET, PRESETS, QUANT_NAMES, TurboQuantConfig
 
 DEMO_MODEL = "demo"
-CALIBRATION_TOKENS = 1024
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -125,16 +123,10 @@ def calibration_for(args: argparse.Namespace, model, tokenizer):
         return None
     if args.calibration:
         return calibration.load(Path(args.calibration), model)
-    folder = args.model if Path(args.model).is_dir() else None
-    found = calibration.find(model, folder)
-    if found is None:
-        text = read_text(None, "calibration.txt")
-        found = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS])
-        try:
-            found.save(calibration.place(model))
-        except OSError as error:
-            print(f"the calibration is not kept: {error}", file=sys.stderr)
-    return found
+    from ..integrations.mlx_lm.measure import find_or_calibrate
+
+    with progress_bar("calibrate") as advance:
+        return find_or_calibrate(model, tokenizer, args.model, advance)
 
 
 def calibrate(model, token_ids: list[int]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,8 +13,9 @@ import mlx_lm.models.cache as host
 import numpy as np
 
 from ... import rope
-from ...calibration import Calibration, Statistics, fingerprint
+from ...calibration import Calibration, Statistics, find, fingerprint, place
 from ...centre import Centre, turn
+from ...config import CALIBRATION_TOKENS
 from ...rope import Rope
 from . import hook
 from .probe import plain_attention
@@ -87,6 +91,34 @@ def calibrate(
         mx.eval(model(mx.array([chunk]), cache=caches))
         progress(start + len(chunk), len(token_ids))
     return Calibration(tuple(s and s.centre() for s in every), fingerprint(model))
+
+
+def find_or_calibrate(
+    model: nn.Module,
+    tokenizer,
+    folder: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """The calibration that ``calibration.find`` finds; else one is made and kept.
+
+    Args:
+        model: a model that mlx_lm has loaded.
+        tokenizer: its tokenizer.
+        folder: the model's folder, or its name.
+        progress: called with tokens done and tokens in all.
+
+    Raises:
+        ValueError: the file that was found cannot be used.
+    """
+    found = find(model, folder if folder and Path(folder).is_dir() else None)
+    if found is None:
+        text = (files("vllm_metal_tq") / "data" / "calibration.txt").read_text(encoding="utf-8")
+        found = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS], progress)
+        try:
+            found.save(place(model))
+        except OSError as error:
+            logging.getLogger(__name__).warning("the calibration is not kept: %s", error)
+    return found
 
 
 def from_biases(model: nn.Module) -> Calibration:

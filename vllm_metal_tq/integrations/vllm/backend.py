@@ -1,0 +1,231 @@
+"""The compressed cache in place of vllm-metal's.
+
+vllm-metal goes on believing that its cache is dense. What it plans with, specs and bytes of a
+block, is replaced by the compressed figures; where it allocates arrays, pages are made; and where
+it would attend, our layers do. Three of its classes are subclassed, one function is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm_metal.attention.runtime import hybrid, mha
+from vllm_metal.v1.cache_policy import ModelCachePolicy
+
+from ... import calibration, dispatch
+from ...centre import Centre
+from ...tail import TAIL
+from . import forward
+from .cache import Layers, PagedCache
+from .settings import Settings, mla_complaint
+from .spec import compressed
+
+logger = init_logger("vllm.vllm_metal_tq")
+
+_ATTENTION = re.compile(r"layers\.(\d+)\.self_attn")  # how vllm-metal names what it caches
+
+
+class CachePolicy(ModelCachePolicy):
+    """What vllm-metal allocates and plans for, of a model whose cache is compressed.
+
+    Args:
+        runner: vllm-metal's model runner.
+        model_adapter: vllm-metal's knowledge of the model.
+        settings: what the user asked for.
+    """
+
+    def __init__(self, runner, model_adapter, settings: Settings):
+        super().__init__(runner, model_adapter)
+        self._settings = settings
+        forward.install()
+
+    def validate_paged_attention_support(self) -> None:
+        """Refuse what cannot be compressed."""
+        super().validate_paged_attention_support()
+        model = self._runner.model_config.model
+        if self._runner.is_mla:
+            raise NotImplementedError(mla_complaint(model, self._runner.num_layers))
+        if self._runner._yoco_cache_mapping or self._runner._gemma4_mtp_assistant:
+            raise NotImplementedError(
+                f"turboquant: {model} has layers that read the cache of others, which is not "
+                "supported; turn turboquant off for this model"
+            )
+
+    def get_kv_cache_spec(self) -> dict:
+        """vllm-metal's specs, those of compressed layers with their compressed size."""
+        specs = super().get_kv_cache_spec()
+        return {name: self._spec(name, spec) for name, spec in specs.items()}
+
+    def _spec(self, name: str, spec):
+        found = _ATTENTION.fullmatch(name)
+        config = self._settings.for_layer(int(found[1])) if found else None
+        return compressed(spec, config) if config else spec
+
+    def _attention_bytes(self) -> int:
+        """Bytes of a block of all layers whose cache grows with the sequence."""
+        specs = self.get_kv_cache_spec().values()
+        paged = (FullAttentionSpec, SlidingWindowSpec)
+        return sum(spec.page_size_bytes for spec in specs if isinstance(spec, paged))
+
+    def get_cache_block_size_bytes(self) -> int:
+        """Bytes of a block, draft layers included."""
+        return self._attention_bytes()
+
+    def estimate_one_sequence_kv_bytes(self, *, max_model_len: int, block_size: int) -> int:
+        """Bytes of the cache of one sequence of the greatest length."""
+        blocks = -(-max_model_len // block_size)
+        state = self._linear_spec_bytes_per_slot() if self._runner.is_hybrid else 0
+        return blocks * self._attention_bytes() + state
+
+    def draft_scratch_reserve_bytes(self) -> int:
+        """Bytes held out of the budget: vllm-metal's own, and tails of as many requests as run."""
+        requests = self._runner.scheduler_config.max_num_seqs
+        return super().draft_scratch_reserve_bytes() + requests * self._tail_bytes
+
+    @property
+    def _tail_bytes(self) -> int:
+        """Bytes of the last tokens of a request as they came, in all compressed layers."""
+        dtype = self._require_kv_cache_dtype()
+        return sum(
+            2 * TAIL * spec.num_kv_heads * spec.head_size * dtype.size
+            for name, spec in super().get_kv_cache_spec().items()
+            if self._spec(name, spec) is not spec
+        )
+
+    def _build_mha_backend(self, block_size: int) -> mha.MHAPagedAttentionRuntime:
+        dense = super()._build_mha_backend(block_size)
+        layers, _ = self._mha_cache_layout()
+        return _taking_over(dense, CompressedRuntime, self._layers(range(layers)))
+
+    def _build_hybrid_backend(self, block_size: int) -> hybrid.HybridPagedAttentionRuntime:
+        dense = super()._build_hybrid_backend(block_size)
+        layers = sorted(self._runner.sdpa_layer_indices)
+        return _taking_over(dense, CompressedHybridRuntime, self._layers(layers))
+
+    def _layers(self, layers: Iterable[int]) -> Layers:
+        layers = list(layers)
+        configs = [self._settings.for_layer(layer) for layer in layers]
+        centres = [self._centres[layer] for layer in layers]
+        return Layers(configs, centres)
+
+    @cached_property
+    def _centres(self) -> list[Centre | None]:
+        """The calibration of each layer of the model."""
+        nothing = [None] * self._runner.num_layers
+        try:
+            found = self._calibration()
+        except Exception as error:  # whatever a model that nobody has tried may raise
+            if isinstance(self._settings.calibration, str):
+                raise
+            logger.warning("turboquant: keys are stored without calibration: %r", error)
+            return nothing
+        return list(found.centres) if found else nothing
+
+    def _calibration(self) -> calibration.Calibration | None:
+        from ..mlx_lm.measure import find_or_calibrate
+
+        runner, asked = self._runner, self._settings.calibration
+        if isinstance(asked, str):
+            found = calibration.load(Path(asked), runner.model)
+        else:
+            found = asked and find_or_calibrate(
+                runner.model, runner.tokenizer, runner.model_config.model
+            )
+        if found and len(found.centres) != runner.num_layers:
+            raise ValueError(
+                f"it is of {len(found.centres)} layers, the model has {runner.num_layers}"
+            )
+        return found or None
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        """Take up the engine's plan, and say what it comes to."""
+        super().initialize_kv_cache(kv_cache_config)
+        logger.info("%s", self._summary(kv_cache_config))
+
+    def _summary(self, kv_cache_config: KVCacheConfig) -> str:
+        ours, dense = self._attention_bytes(), super().get_cache_block_size_bytes()
+        bytes_in_all = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+        # Groups of layers, such as those with a sliding window, take blocks of one pool in turn.
+        turns = len(kv_cache_config.kv_cache_groups)
+        blocks = kv_cache_config.num_blocks, int(kv_cache_config.num_blocks * ours / dense)
+        size = self._runner.cache_config.block_size
+        fit, would_fit = (count // turns * size for count in blocks)
+        return (
+            f"turboquant {self._settings.label}: {dense / ours:.2f}x smaller. {fit:,} tokens fit "
+            f"into {bytes_in_all / 2**30:.2f} GiB; uncompressed, {would_fit:,} would"
+        )
+
+
+class _Compressed:
+    """A runtime of vllm-metal whose cache is compressed."""
+
+    compression: Layers
+    module: ModuleType  # of vllm-metal's runtime
+
+    def initialize(self, num_blocks: int) -> None:
+        """Allocate the cache."""
+        with self._own_cache():
+            super().initialize(num_blocks)
+
+    @contextmanager
+    def _own_cache(self) -> Iterator[None]:
+        """Let vllm-metal make our cache where it makes its own."""
+        theirs = self.module.MetalPagedKVCache
+        ours = type("PagedCache", (PagedCache,), {"compression": self.compression})
+        self.module.MetalPagedKVCache = ours
+        try:
+            yield
+        finally:
+            self.module.MetalPagedKVCache = theirs
+
+    def needs_step_context(self) -> bool:
+        """Requests are told apart in every step."""
+        return True
+
+    def populate_step_context(self, *, req_ids: list[str], ctx, **rest) -> None:
+        """Note whose tokens a forward pass has."""
+        super().populate_step_context(req_ids=req_ids, ctx=ctx, **rest)
+        ctx.turboquant_requests = list(req_ids)
+
+    def release_requests(self, req_ids: set[str]) -> None:
+        """These requests will not go on where they were."""
+        super().release_requests(req_ids)
+        self.kv_cache.forget(req_ids)
+
+    def warm_up(self) -> None:
+        """Compile and check the kernels, or find that plain MLX operations serve."""
+        super().warm_up()
+        for layout in {layer.pool.layout for layer in self.kv_cache.layers if layer}:
+            dispatch.executor(layout)
+
+
+class CompressedRuntime(_Compressed, mha.MHAPagedAttentionRuntime):
+    """Models whose layers all attend."""
+
+    module = mha
+
+    def adopt_layout(self, layout) -> None:
+        """Take up the engine's groups of layers."""
+        with self._own_cache():
+            super().adopt_layout(layout)
+
+
+class CompressedHybridRuntime(_Compressed, hybrid.HybridPagedAttentionRuntime):
+    """Models with linear attention in some layers."""
+
+    module = hybrid
+
+
+def _taking_over(dense, kind: type, compression: Layers):
+    """A runtime of ``kind`` that is set up as ``dense`` is."""
+    runtime = kind.__new__(kind)
+    vars(runtime).update(vars(dense))
+    runtime.compression = compression
+    return runtime

@@ -1,0 +1,47 @@
+"""vllm-metal's attention with the compressed cache: project, attend, project back."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from vllm_metal.attention.impls import sdpa, sdpa_wrapper
+
+from .cache import PagedCache
+
+_dense_forward = sdpa_wrapper.sdpa_forward
+
+
+def forward(inner, x: mx.array, ctx, kv_cache, layer_idx: int, *args, **options):
+    """vllm-metal's ``sdpa_forward``: project, attend, project back."""
+    layer = kv_cache.layers[layer_idx] if isinstance(kv_cache, PagedCache) else None
+    if layer is None:
+        return _dense_forward(inner, x, ctx, kv_cache, layer_idx, *args, **options)
+    return _forward(inner, x, ctx, kv_cache, layer_idx, options.get("position_embeddings"))
+
+
+def _forward(inner, x: mx.array, ctx, kv_cache: PagedCache, layer_idx: int, embeddings):
+    heads = getattr(inner, "n_heads", None) or inner.num_attention_heads
+    kv_heads = getattr(inner, "n_kv_heads", None) or inner.num_key_value_heads
+    scale = getattr(inner, "scale", None)
+    queries, keys, values, gate, kv = sdpa.prepare_sdpa_qkv(
+        inner, x, ctx, heads, kv_heads, position_embeddings=embeddings
+    )
+    layer, head_dim = kv_cache.layers[layer_idx], queries.shape[-1]
+    padded = sdpa.pad_qkv_to_cache_head_dim(
+        queries, keys, values, head_dim, layer.pool.layout.head_dim
+    )
+    attended = layer.attend(
+        *padded,
+        kv_cache.segments(ctx, layer_idx),
+        scale=inner.sm_scale if scale is None else scale,
+        sinks=getattr(inner, "sinks", None),
+    )
+    out = attended[..., :head_dim].swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    if gate is not None:
+        out = out * mx.sigmoid(gate)
+    out = sdpa.apply_g_proj_gate(inner, out, x, heads, head_dim)
+    return inner.o_proj(out), kv
+
+
+def install() -> None:
+    """Let vllm-metal attend through ``forward``."""
+    sdpa_wrapper.sdpa_forward = forward

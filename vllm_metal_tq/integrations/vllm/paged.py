@@ -1,0 +1,202 @@
+"""The compressed cache of a layer in blocks that an engine gives, for packed batches.
+
+The engine owns the numbers of blocks: which hold a sequence, which are free, shared or reused.
+Here are the pages behind the numbers, and the last tokens of each request as they came. Those are
+known by request, as long as it goes on where it was: what an engine takes back, preempts or finds
+in its prefix cache starts without them, and pages alone serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import mlx.core as mx
+
+from ...centre import Centre
+from ...layout import PageLayout
+from ...pages import BlockTable, PagePool
+from ...sequences import Sequences
+from ...tail import FEW, Tail
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The new tokens of one request in a packed batch.
+
+    Attributes:
+        request: who it is, as long as it goes on.
+        columns: where in the batch its tokens are.
+        offset: how many tokens of the request there are before these.
+        blocks: the blocks of its pages, in order, those for the new tokens among them.
+        by_index: whether the positions of the tokens are their indices.
+    """
+
+    request: str
+    columns: slice
+    offset: int
+    blocks: list[int]
+    by_index: bool = True
+
+    @property
+    def count(self) -> int:
+        """New tokens."""
+        return self.columns.stop - self.columns.start
+
+
+class EnginePool(PagePool):
+    """Pages of blocks that an engine numbers: nothing is allocated, moved or given back here.
+
+    Args:
+        layout: the bytes of a page.
+        num_kv_heads: pages of a block.
+        num_blocks: blocks of ``layout.config.block_size`` tokens.
+    """
+
+    def __init__(self, layout: PageLayout, num_kv_heads: int, num_blocks: int):
+        super().__init__(layout, num_kv_heads, num_blocks)
+        self.adopt(mx.zeros((num_blocks, num_kv_heads, layout.page_bytes), mx.uint8), [])
+
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy blocks, ``(from, to)`` each."""
+        source, target = zip(*pairs, strict=True)
+        pages = self.pages[mx.array(source, mx.int32)]
+        mx.eval(pages)  # what shares the pages' buffer would keep them from being written in place
+        self.put(list(target), pages)
+
+
+class _Blocks(BlockTable):
+    """Blocks that the engine has given to a request."""
+
+    def __del__(self):
+        pass  # they are the engine's
+
+    def extend(self, count: int) -> tuple[int, ...]:
+        """The slots of ``count`` more tokens."""
+        size, start = self.pool.layout.config.block_size, self.num_tokens
+        self.num_tokens += count
+        return tuple(
+            self.blocks[i // size] * size + i % size for i in range(start, self.num_tokens)
+        )
+
+    def follow(self, segment: Segment) -> None:
+        """Take over what the engine says of the blocks before new tokens."""
+        known = segment.blocks[: len(self.blocks)] == self.blocks
+        unchanged = min(self.unchanged, len(segment.blocks)) if known else 0
+        self.hold(segment.blocks, segment.offset)
+        self.unchanged = unchanged
+
+
+class _Batch(Sequences):
+    """Requests whose tokens are stored and attended from together."""
+
+    def __init__(self, pool: PagePool, centre: Centre | None, tail: Tail, offsets: Sequence[int]):
+        super().__init__(pool, 0, centre=centre)
+        self.tables = [_Blocks(pool) for _ in offsets]
+        self.tail, self.offsets, self._by_index = tail, list(offsets), True
+
+    def follow(self, segments: Sequence[Segment]) -> None:
+        """Go to where the segments begin; what a tail holds beyond that is forgotten."""
+        for i, segment in enumerate(segments):
+            beyond = self.offsets[i] - segment.offset
+            self.tail.lengths[i] = max(self.tail.lengths[i] - beyond, 0) if beyond >= 0 else 0
+            self.tables[i].follow(segment)
+        self.offsets = [segment.offset for segment in segments]
+        self._by_index = all(segment.by_index for segment in segments)
+
+    def _make_room(self, counts: list[int]) -> None:
+        pass  # the engine has made it
+
+    def _uncentred(self, which: int, count: int) -> int:
+        # Flags stand for a mean that is turned by the index of a token.
+        return 0 if self._by_index else count
+
+
+class PagedLayer:
+    """The compressed cache of one layer.
+
+    Args:
+        pool: its pages. Layers that the engine gives different blocks may share one.
+        centre: calibration of the layer, or None.
+        window: how many tokens a query sees, itself included; 0 is all.
+    """
+
+    def __init__(self, pool: EnginePool, centre: Centre | None = None, window: int = 0):
+        self.pool = pool
+        self.centre = centre
+        self.window = window
+        self._places: dict[str, tuple[_Batch, int]] = {}  # of each request, its batch and row
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Store the new tokens of a packed batch and attend from them.
+
+        Args:
+            queries: ``(1, num_heads, T, head_dim)``, the T tokens of all segments.
+            keys: ``(1, num_kv_heads, T, head_dim)``, after RoPE.
+            values: the same shape.
+            segments: which tokens are whose, in the order of their columns.
+            scale: factor of the logits.
+            sinks: a learned logit for each head, ``(num_heads,)``, or None.
+
+        Returns:
+            ``(1, num_heads, T, head_dim)`` in the queries' dtype.
+
+        Raises:
+            ValueError: the shapes do not fit, or an element cannot be encoded.
+        """
+        options = {"scale": scale, "sinks": sinks, "window": self.window}
+        outputs = []
+        for group in grouped(segments):
+            batch = self._batch([segment.request for segment in group])
+            batch.follow(group)
+            own = [_unpacked(x, group) for x in (queries, keys, values)]
+            batch.store(*own[1:])
+            outputs.append(_packed(batch.attend(*own, mask="causal", **options)))
+        return mx.concatenate(outputs, axis=2) if outputs[1:] else outputs[0]
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """These requests will not go on where they were."""
+        for request in requests:
+            self._places.pop(request, None)
+
+    def _batch(self, requests: list[str]) -> _Batch:
+        """The batch of these requests, in this order."""
+        places = [self._places.get(request) for request in requests]
+        batch = places[0] and places[0][0]
+        if batch and places == [(batch, row) for row in range(len(batch))]:
+            return batch
+        tails = [place[0].tail.take([place[1]]) if place else Tail() for place in places]
+        offsets = [place[0].offsets[place[1]] if place else 0 for place in places]
+        batch = _Batch(self.pool, self.centre, Tail.joined(tails), offsets)
+        self._places |= {request: (batch, row) for row, request in enumerate(requests)}
+        return batch
+
+
+def grouped(segments: Iterable[Segment]) -> list[list[Segment]]:
+    """Segments that decode as many tokens each, one after the other, together; others alone."""
+    groups = []
+    for count, run in groupby(segments, lambda segment: segment.count):
+        some = list(run)
+        groups += [some] if count <= FEW else [[segment] for segment in some]
+    return groups
+
+
+def _unpacked(x: mx.array, segments: Sequence[Segment]) -> mx.array:
+    """``(1, heads, T, D)`` -> ``(B, heads, L, D)`` of adjacent segments of L tokens."""
+    x = x[:, :, segments[0].columns.start : segments[-1].columns.stop]
+    return x.reshape(x.shape[1], len(segments), -1, x.shape[-1]).swapaxes(0, 1)
+
+
+def _packed(x: mx.array) -> mx.array:
+    """``(B, heads, L, D)`` -> ``(1, heads, B * L, D)``."""
+    return x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[-1])
