@@ -3,7 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest mutants lint format docs clean
+# The supported versions of vLLM, the oldest and the newest. Each has an environment of its own.
+VLLM_OLDEST := 0.27.1
+VLLM := 0.32.0
+
+.PHONY: demo test test-oldest test-vllm test-vllm-matrix mutants lint format docs clean
 
 demo: $(READY)
 	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
@@ -15,6 +19,16 @@ test: $(READY)
 test-oldest:
 	PIP_CONSTRAINT=scripts/oldest.txt sh scripts/setup.sh .venv-oldest
 	.venv-oldest/bin/python -m pytest -m "not slow and not nightly"
+
+test-vllm: .venv-vllm-$(VLLM)/.ready
+	.venv-vllm-$(VLLM)/bin/python -m pytest tests/integrations/vllm
+
+test-vllm-matrix: test-vllm
+	$(MAKE) test-vllm VLLM=$(VLLM_OLDEST)
+
+.venv-vllm-%/.ready: pyproject.toml scripts/setup_vllm.sh | $(READY)
+	PYTHON=$(BIN)/python sh scripts/setup_vllm.sh .venv-vllm-$* $*
+	touch $@
 
 mutants: $(READY)
 	$(BIN)/python -m pytest -m nightly
@@ -36,4 +50,4 @@ $(READY): pyproject.toml Makefile scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest site dist
+	rm -rf $(VENV) .venv-oldest .venv-vllm-* site dist

@@ -258,9 +258,10 @@ class Sequences:
         past_length, blocks = table.num_tokens - keys.shape[2], table.blocks
         if window and table.num_tokens > window:
             size = self.pool.layout.config.block_size
-            unseen = min(max(table.num_tokens - length + 1 - window, 0), past_length) // size
-            blocks, past_length = blocks[unseen:], past_length - unseen * size
-            options["shift"] += unseen * size
+            first = max(table.num_tokens - length + 1 - window, 0)  # that anybody sees
+            unseen = first // size * size if first < past_length else past_length
+            blocks, past_length = blocks[unseen // size :], past_length - unseen
+            options["shift"] += unseen
             mask = attention.window_mask(length, past_length + keys.shape[2], window)
         if self.raw_window is not None:
             mask = attention.decode_mask(

@@ -5,9 +5,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from vllm_metal_tq import dispatch, msl
 from vllm_metal_tq.config import TurboQuantConfig
 from vllm_metal_tq.integrations.vllm.paged import EnginePool, PagedLayer, Segment
 from vllm_metal_tq.layout import PageLayout
+from vllm_metal_tq.msl.compiler import why_not_simulate
+from vllm_metal_tq.msl.simulate import simulate
 from vllm_metal_tq.pages import PagePool
 from vllm_metal_tq.sequences import Sequences
 
@@ -45,6 +48,10 @@ class Engine:
             self.ends[request], column = start + count, column + count
         packed = [mx.concatenate(x, axis=2) for x in zip(*parts, strict=True)]
         out = self.layer.attend(*packed, segments, scale=SCALE, sinks=SINKS)
+        for segment in segments:  # what kernels would be told
+            batch, row = self.layer._places[segment.request]
+            shown = batch.block_table[row, : len(segment.blocks)]
+            assert shown.tolist() == segment.blocks
         return {s.request: out[:, :, s.columns] for s in segments}
 
 
@@ -72,6 +79,7 @@ def test_requests_that_come_and_go_get_what_each_would_alone(centre, window):
         {"a": 40},
         {"a": 1, "b": 70},
         {"a": 1, "b": 1},
+        {"b": 1, "a": 1},
         {"a": 1, "b": 1, "c": 9},
         {"a": 1, "b": 1, "c": 1},
         {"c": 1, "a": 3, "b": 3},
@@ -97,6 +105,40 @@ def test_a_window_sees_what_a_short_text_would():
     engine.step(texts, {"a": 59, "b": 59})
     last = engine.step(texts, {"a": 1, "b": 1})
     assert close(last["a"], last["b"])
+
+
+@pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))
+@pytest.mark.parametrize("window", [0, 40])
+def test_kernels_give_what_the_reference_gives(window, monkeypatch):
+    texts = {name: tokens(80, seed) for seed, name in enumerate("ab")}
+    schedule = [{"a": 60}, {"a": 1, "b": 30}, {"a": 1, "b": 1}, {"b": 1}, {"a": 3, "b": 3}]
+
+    def outputs():
+        engine = Engine(centre=CENTRE, window=window)
+        return [mx.concatenate([*engine.step(texts, c).values()], axis=2) for c in schedule]
+
+    expected, launched = outputs(), []
+
+    def execute(launch):
+        launched.append((launch.kernel, len(launch.inputs.get("lengths", []))))
+        return simulate(launch)
+
+    monkeypatch.setattr(dispatch, "executor", lambda layout: execute)
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    for got, wanted in zip(outputs(), expected, strict=True):
+        assert mx.abs(got - wanted).max().item() < 5e-3
+    assert ("decode_fma", 2) in launched  # both requests in one launch
+
+
+def test_blocks_before_the_window_may_be_taken_back():
+    text = {"a": tokens(80, 0)}
+    engine, other = Engine(window=24), Engine(window=24)
+    for e in (engine, other):
+        e.step(text, {"a": 60})
+        e.step(text, {"a": 1})
+    engine.blocks["a"][:2] = [0, 0]
+    engine.layer.pool.pages[0] = 255  # NaN wherever it is read
+    assert close(engine.step(text, {"a": 1})["a"], other.step(text, {"a": 1})["a"])
 
 
 def exact(tokens, end):

@@ -60,8 +60,15 @@ class CachePolicy(ModelCachePolicy):
 
     def get_kv_cache_spec(self) -> dict:
         """vllm-metal's specs, those of compressed layers with their compressed size."""
-        specs = super().get_kv_cache_spec()
-        return {name: self._spec(name, spec) for name, spec in specs.items()}
+        specs = {n: self._spec(n, spec) for n, spec in super().get_kv_cache_spec().items()}
+        attention = [spec for n, spec in specs.items() if _ATTENTION.fullmatch(n)]
+        windows = {isinstance(spec, SlidingWindowSpec) for spec in attention}
+        if len(windows) > 1 and len({spec.page_size_bytes for spec in attention}) > 1:
+            raise ValueError(
+                "turboquant: layer_overrides cannot be given for a model that mixes sliding "
+                "windows with full attention: its layers share blocks, and must be alike"
+            )
+        return specs
 
     def _spec(self, name: str, spec):
         found = _ATTENTION.fullmatch(name)

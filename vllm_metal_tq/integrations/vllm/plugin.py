@@ -136,7 +136,7 @@ def _check_versions() -> None:
             f"turboquant needs vLLM {VLLM} or newer (tested: {VLLM} to 0.32.0); this is "
             f"{vllm.__version__}"
         )
-    if importlib.util.find_spec("vllm_metal") is None:
+    if not _installed("vllm_metal"):
         raise RuntimeError(
             "turboquant needs vllm-metal 0.3 or newer (tested: 0.3.0), which is not installed; "
             "https://github.com/vllm-project/vllm-metal says how"
@@ -156,6 +156,10 @@ def _check_versions() -> None:
             "turboquant needs vllm-metal 0.3 or newer (tested: 0.3.0); this is "
             f"{_version('vllm-metal')}, where it finds: {error}"
         ) from error
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _version(distribution: str) -> str:

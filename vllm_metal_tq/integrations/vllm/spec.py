@@ -2,9 +2,9 @@
 
 The planner asks each layer's spec for the bytes of a block and decides from these how many blocks
 there are, which layers share them, and how long a request may get. Which property it asks has
-changed: up to 0.31 or so ``real_page_size_bytes`` is what a spec overrides, in 0.32 the rest
-follows from ``state_content_size_bytes``. Ours override all of them with the bytes of
-``layout.py``, and ``check_page_size`` finds out whether the installed version listens.
+changed: until 0.27 the others follow from ``real_page_size_bytes``, since 0.28 from
+``state_content_size_bytes``. Ours override all of them with the bytes of ``layout.py``, and
+``check_page_size`` finds out whether the installed version listens.
 
 vLLM knows a spec by its base classes, so a subclass needs no registration.
 """
@@ -70,12 +70,12 @@ class _CompressedPages:
 
     @property
     def real_page_size_bytes(self) -> int:
-        """The older name of ``unpadded_page_size_bytes``."""
+        """The same, as older versions and vllm-metal call it."""
         return self.unpadded_page_size_bytes
 
     @property
     def state_content_size_bytes(self) -> int:
-        """Bytes of one token of one KV head; 0.32 lays out its tensors by it."""
+        """Bytes of one token of one KV head; newer versions lay out tensors by it."""
         return token_bytes(self._config, 1, self.head_size)
 
     @classmethod
