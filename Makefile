@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 VLLM_OLDEST := 0.27.1
 VLLM := 0.32.0
 
-.PHONY: demo test test-oldest test-vllm test-vllm-matrix mutants lint format docs clean
+.PHONY: demo test test-oldest test-vllm test-vllm-matrix e2e-vllm mutants lint format docs clean
 
 demo: $(READY)
 	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
@@ -30,6 +30,14 @@ test-vllm-matrix: test-vllm
 	PYTHON=$(BIN)/python sh scripts/setup_vllm.sh .venv-vllm-$* $*
 	touch $@
 
+# The real vLLM and vllm-metal on Linux: make e2e-vllm VLLM_METAL_SRC=/path/to/vllm-metal
+e2e-vllm: .venv-e2e-vllm/.ready
+	.venv-e2e-vllm/bin/python -m pytest tests/e2e_vllm
+
+.venv-e2e-vllm/.ready: pyproject.toml scripts/setup_e2e_vllm.sh tests/e2e_vllm/shim/pyproject.toml
+	sh scripts/setup_e2e_vllm.sh .venv-e2e-vllm
+	touch $@
+
 mutants: $(READY)
 	$(BIN)/python -m pytest -m nightly
 
@@ -50,4 +58,4 @@ $(READY): pyproject.toml Makefile scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-vllm-* site dist
+	rm -rf $(VENV) .venv-oldest .venv-vllm-* .venv-e2e-vllm site dist

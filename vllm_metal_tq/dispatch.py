@@ -127,7 +127,7 @@ def _store_on_gpu(chunk: Chunk, tail: Tail, centre: Centre | None, execute: Exec
     tail.hold(tuple(arrays), chunk.length)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _starts(*values: int) -> mx.array:
     """Of each sequence position and index of its first new token, int32, in this order."""
     if len(values) == 2:
@@ -253,7 +253,7 @@ def attend_last(
     )
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _lengths(*values: int) -> mx.array:
     """What kernels call lengths, from three numbers a sequence. Layers share it."""
     if len(values) == 3:  # made of small arrays, see pages.places

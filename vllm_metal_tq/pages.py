@@ -23,7 +23,7 @@ class OutOfBlocks(MemoryError):  # noqa: N818 (its name says what it is)
     """A pool would have to grow beyond its budget. Nothing was stored."""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # a packed batch takes several
 def places(slot_mapping: Slots, num_kv_heads: int, layout: PageLayout) -> tuple[mx.array, ...]:
     """Block, head and offset of every byte of some rows. Layers share them: hence the cache."""
     block, place = np.divmod(np.array(slot_mapping, np.uint32), layout.config.block_size)

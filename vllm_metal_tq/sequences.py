@@ -93,17 +93,22 @@ class Sequences:
         counts = self._counts()
         groups = self._groups(counts, keys.shape[2])
         chunks = [self._chunk(keys, values, group) for group in groups]
-        encoded = [dispatch.encode(chunk, self.centre) for chunk in chunks]
+        encoded = [dispatch.encode(chunk, self._encoding) for chunk in chunks]
         self._make_room(counts)
         self._keep_recent(counts)
         apart = any(len(group) < len(self) for group in groups)
         tails = {i: self.tail.take([i]) for i in range(len(self))} if apart else {}
         for group, chunk, rows in zip(groups, chunks, encoded, strict=True):
             tail = tails.get(group[0], self.tail)
-            dispatch.store(chunk, tail, rows, self.centre)
+            dispatch.store(chunk, tail, rows, self._encoding)
         if tails:
             self.tail = Tail.joined(list(tails.values()))
         self.offsets = [offset + n for offset, n in zip(self.offsets, counts, strict=True)]
+
+    @property
+    def _encoding(self) -> Centre | None:
+        """What new tokens are stored with."""
+        return self.centre
 
     def _groups(self, counts: list[int], length: int) -> list[list[int]]:
         """Sequences that are stored in one go: all of them, or each of those with tokens alone."""

@@ -82,6 +82,10 @@ class Tail:
             self._undo = None
             self.lengths = [max(n - count, 0) for n in self.lengths]
 
+    def settle(self) -> None:
+        """Nothing will be trimmed: what that would bring back is dropped."""
+        self._undo = None
+
     def shift(self, which: int, count: int, remaining: int) -> None:
         """Older tokens were dropped from a sequence.
 

@@ -101,7 +101,10 @@ def cache_config(**fields):
 
 
 def prepared(cache, **given):
-    config = SimpleNamespace(additional_config=given, cache_config=cache, model_config=None)
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    config = SimpleNamespace(
+        additional_config=given, cache_config=cache, model_config=None, parallel_config=parallel
+    )
     plugin.prepare(config)
     return plugin.settings_of(config)
 

@@ -24,7 +24,7 @@ from ...centre import Centre
 from ...tail import TAIL
 from . import forward
 from .cache import Layers, PagedCache
-from .settings import Settings, mla_complaint
+from .settings import Settings, mla_complaint, shared_complaint
 from .spec import compressed
 
 logger = init_logger("vllm.vllm_metal_tq")
@@ -53,22 +53,17 @@ class CachePolicy(ModelCachePolicy):
         if self._runner.is_mla:
             raise NotImplementedError(mla_complaint(model, self._runner.num_layers))
         if self._runner._yoco_cache_mapping or self._runner._gemma4_mtp_assistant:
-            raise NotImplementedError(
-                f"turboquant: {model} has layers that read the cache of others, which is not "
-                "supported; turn turboquant off for this model"
-            )
+            raise NotImplementedError(shared_complaint(model))
+
+    def _uses_deferred_mha_layout(self) -> bool:
+        # With blocks of their own, layers with a window would share pages with others, which must
+        # then be alike. They see their window only, and keep pages for everything.
+        return False
 
     def get_kv_cache_spec(self) -> dict:
         """vllm-metal's specs, those of compressed layers with their compressed size."""
-        specs = {n: self._spec(n, spec) for n, spec in super().get_kv_cache_spec().items()}
-        attention = [spec for n, spec in specs.items() if _ATTENTION.fullmatch(n)]
-        windows = {isinstance(spec, SlidingWindowSpec) for spec in attention}
-        if len(windows) > 1 and len({spec.page_size_bytes for spec in attention}) > 1:
-            raise ValueError(
-                "turboquant: layer_overrides cannot be given for a model that mixes sliding "
-                "windows with full attention: its layers share blocks, and must be alike"
-            )
-        return specs
+        specs = super().get_kv_cache_spec()
+        return {name: self._spec(name, spec) for name, spec in specs.items()}
 
     def _spec(self, name: str, spec):
         found = _ATTENTION.fullmatch(name)
@@ -85,26 +80,31 @@ class CachePolicy(ModelCachePolicy):
         """Bytes of a block, draft layers included."""
         return self._attention_bytes()
 
-    def estimate_one_sequence_kv_bytes(self, *, max_model_len: int, block_size: int) -> int:
-        """Bytes of the cache of one sequence of the greatest length."""
-        blocks = -(-max_model_len // block_size)
-        state = self._linear_spec_bytes_per_slot() if self._runner.is_hybrid else 0
-        return blocks * self._attention_bytes() + state
-
     def draft_scratch_reserve_bytes(self) -> int:
-        """Bytes held out of the budget: vllm-metal's own, and tails of as many requests as run."""
-        requests = self._runner.scheduler_config.max_num_seqs
-        return super().draft_scratch_reserve_bytes() + requests * self._tail_bytes
+        """Bytes held out of the budget: vllm-metal's own, tails, and a layer's past."""
+        return super().draft_scratch_reserve_bytes() + self._reserve
 
-    @property
-    def _tail_bytes(self) -> int:
-        """Bytes of the last tokens of a request as they came, in all compressed layers."""
+    @cached_property
+    def _reserve(self) -> int:
+        """Bytes of the tails of as many requests as run, and of one layer read for a long chunk."""
         dtype = self._require_kv_cache_dtype()
-        return sum(
-            2 * TAIL * spec.num_kv_heads * spec.head_size * dtype.size
+        tokens = [
+            2 * spec.num_kv_heads * spec.head_size * dtype.size
             for name, spec in super().get_kv_cache_spec().items()
             if self._spec(name, spec) is not spec
+        ]
+        requests = self._runner.scheduler_config.max_num_seqs
+        tails = requests * TAIL * sum(tokens)
+        past = self._runner.model_config.max_model_len * max(tokens, default=0)
+        logger.info(
+            "turboquant: held out of the budget are %.2f GiB for the last tokens of %d requests "
+            "(--max-num-seqs) as they came, and %.2f GiB to read a layer of one request of the "
+            "greatest length (--max-model-len)",
+            tails / 2**30,
+            requests,
+            past / 2**30,
         )
+        return tails + past
 
     def _build_mha_backend(self, block_size: int) -> mha.MHAPagedAttentionRuntime:
         dense = super()._build_mha_backend(block_size)
@@ -120,7 +120,7 @@ class CachePolicy(ModelCachePolicy):
         layers = list(layers)
         configs = [self._settings.for_layer(layer) for layer in layers]
         centres = [self._centres[layer] for layer in layers]
-        return Layers(configs, centres)
+        return Layers(configs, centres, self._settings.config.block_size)
 
     @cached_property
     def _centres(self) -> list[Centre | None]:
@@ -140,10 +140,10 @@ class CachePolicy(ModelCachePolicy):
 
         runner, asked = self._runner, self._settings.calibration
         if isinstance(asked, str):
-            found = calibration.load(Path(asked), runner.model)
+            found = calibration.load(Path(asked), runner._forward_model)
         else:
             found = asked and find_or_calibrate(
-                runner.model, runner.tokenizer, runner.model_config.model
+                runner._forward_model, runner.tokenizer, runner.model_config.model
             )
         if found and len(found.centres) != runner.num_layers:
             raise ValueError(
@@ -154,12 +154,13 @@ class CachePolicy(ModelCachePolicy):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         """Take up the engine's plan, and say what it comes to."""
         super().initialize_kv_cache(kv_cache_config)
-        logger.info("%s", self._summary(kv_cache_config))
+        if kv_cache_config.kv_cache_groups:  # encoders have none
+            logger.info("%s", self._summary(kv_cache_config))
 
     def _summary(self, kv_cache_config: KVCacheConfig) -> str:
         ours, dense = self._attention_bytes(), super().get_cache_block_size_bytes()
         bytes_in_all = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-        # Groups of layers, such as those with a sliding window, take blocks of one pool in turn.
+        # Groups of layers, such as those with linear attention, take blocks of one pool in turn.
         turns = len(kv_cache_config.kv_cache_groups)
         blocks = kv_cache_config.num_blocks, int(kv_cache_config.num_blocks * ours / dense)
         size = self._runner.cache_config.block_size
@@ -201,6 +202,11 @@ class _Compressed:
         super().populate_step_context(req_ids=req_ids, ctx=ctx, **rest)
         ctx.turboquant_requests = list(req_ids)
 
+    def extend_forward_eval_outputs(self, outputs: list) -> None:
+        """A first chunk's logits do not depend on what is stored: it would stay unevaluated."""
+        super().extend_forward_eval_outputs(outputs)
+        outputs += self.kv_cache.pending
+
     def release_requests(self, req_ids: set[str]) -> None:
         """These requests will not go on where they were."""
         super().release_requests(req_ids)
@@ -217,11 +223,6 @@ class CompressedRuntime(_Compressed, mha.MHAPagedAttentionRuntime):
     """Models whose layers all attend."""
 
     module = mha
-
-    def adopt_layout(self, layout) -> None:
-        """Take up the engine's groups of layers."""
-        with self._own_cache():
-            super().adopt_layout(layout)
 
 
 class CompressedHybridRuntime(_Compressed, hybrid.HybridPagedAttentionRuntime):

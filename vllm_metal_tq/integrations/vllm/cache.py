@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from vllm.logger import init_logger
@@ -16,29 +17,19 @@ from .paged import EnginePool, PagedLayer, Segment
 logger = init_logger("vllm.vllm_metal_tq")
 
 
+@dataclass(frozen=True)
 class Layers:
     """What the layers of a cache are compressed with.
 
-    Args:
+    Attributes:
         configs: the widths of each layer, None where it is not compressed.
         centres: the calibration of each layer, or None.
+        block_size: tokens of a page.
     """
 
-    def __init__(
-        self, configs: Sequence[TurboQuantConfig | None], centres: Sequence[Centre | None]
-    ):
-        self.configs = configs
-        self.centres = centres
-
-    def pool(self, layer: int, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int):
-        """Pages for ``num_blocks`` of the engine's blocks of ``block_size`` tokens."""
-        layout = PageLayout(self.configs[layer], head_dim)
-        return EnginePool(layout, num_kv_heads, num_blocks * pages_of(block_size, layout))
-
-
-def pages_of(block_size: int, layout: PageLayout) -> int:
-    """How many of our blocks one of the engine's is made of."""
-    return block_size // layout.config.block_size
+    configs: Sequence[TurboQuantConfig | None]
+    centres: Sequence[Centre | None]
+    block_size: int
 
 
 class PagedCache(MetalPagedKVCache):
@@ -52,51 +43,37 @@ class PagedCache(MetalPagedKVCache):
     compression: Layers
 
     def _allocate_dense_caches(self, dtype: mx.Dtype) -> None:
-        shapes = zip(self.kv_heads_per_layer, self.head_dim_per_layer, strict=True)
-        pools = [
-            config and self.compression.pool(i, self.num_blocks, *shape, self.block_size)
-            for i, (config, shape) in enumerate(zip(self.compression.configs, shapes, strict=True))
+        self._blocks: dict[str, tuple[list[int], list[int]]] = {}  # the engine's, and ours
+        self.layers = [
+            config and self._layer(i) for i, config in enumerate(self.compression.configs)
         ]
-        self._hold(pools)
-        for pool, heads, dim in zip(
-            pools, self.kv_heads_per_layer, self.head_dim_per_layer, strict=True
-        ):
-            shape = (0,) if pool else (self.num_blocks, self.block_size, heads, dim)
+        shapes = zip(self.layers, self.kv_heads_per_layer, self.head_dim_per_layer, strict=True)
+        for layer, heads, dim in shapes:
+            shape = (0,) if layer else (self.num_blocks, self.block_size, heads, dim)
             self.key_caches.append(mx.zeros(shape, dtype))
             self.value_caches.append(mx.zeros(shape, dtype))
-        mx.eval(*self.key_caches, *self.value_caches, *(p.pages for p in pools if p))
+        mx.eval(*self.key_caches, *self.value_caches, *self.pending)
 
-    def _allocate_layout_caches(self, layout, dtype: mx.Dtype) -> None:
-        """Layers to which the engine gives different blocks share pages."""
-        if None in self.compression.configs:
-            raise NotImplementedError(
-                "turboquant: layers without compression beside sliding windows in one model are "
-                "not supported"
-            )
-        pools = {}
-        for i, layer in enumerate(layout.layers):
-            made = self.compression.pool(
-                i, self.num_blocks, layer.num_kv_heads, layer.head_dim, layer.block_size
-            )
-            pool = pools.setdefault(layer.tensor_index, made)
-            if pool.layout != made.layout or pool.num_kv_heads != made.num_kv_heads:
-                raise NotImplementedError(
-                    "turboquant: layers that share blocks must have the same widths"
-                )
-        self._hold([pools[layer.tensor_index] for layer in layout.layers])
-        mx.eval([pool.pages for pool in pools.values()])
-
-    def _hold(self, pools: list[EnginePool | None]) -> None:
-        self.layers = [
-            pool and PagedLayer(pool, centre, max(window, 0))
-            for pool, centre, window in zip(
-                pools, self.compression.centres, self.sliding_window_per_layer, strict=True
-            )
-        ]
+    def _layer(self, which: int) -> PagedLayer:
+        layout = PageLayout(self.compression.configs[which], self.head_dim_per_layer[which])
+        blocks = self.num_blocks * self._pages
+        pool = EnginePool(layout, self.kv_heads_per_layer[which], blocks)
+        window = max(self.sliding_window_per_layer[which], 0)  # theirs is -1 for none
+        return PagedLayer(pool, self.compression.centres[which], window)
 
     @property
-    def _pools(self) -> list[EnginePool]:
-        return list({id(layer.pool): layer.pool for layer in self.layers if layer}.values())
+    def _pages(self) -> int:
+        """How many of our blocks one of the engine's is made of."""
+        return self.block_size // self.compression.block_size
+
+    @property
+    def _compressed(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if layer]
+
+    @property
+    def pending(self) -> list[mx.array]:
+        """What a forward pass leaves to be evaluated, though no output may depend on it."""
+        return [array for layer in self._compressed for array in layer.pending]
 
     def copy_blocks(self, block_copies: Sequence[tuple[int, int]]) -> None:
         """Copy the engine's blocks, ``(from, to)`` each, in all layers."""
@@ -104,13 +81,13 @@ class PagedCache(MetalPagedKVCache):
             return
         if any(not 0 <= block < self.num_blocks for pair in block_copies for block in pair):
             raise RuntimeError(f"no such blocks: {block_copies}; there are {self.num_blocks}")
-        for pool in self._pools:
-            pages = pages_of(self.block_size, pool.layout)
-            pool.copy_blocks(
-                (source * pages + i, target * pages + i)
-                for source, target in block_copies
-                for i in range(pages)
-            )
+        pairs = [
+            (source * self._pages + i, target * self._pages + i)
+            for source, target in block_copies
+            for i in range(self._pages)
+        ]
+        for layer in self._compressed:
+            layer.pool.copy_blocks(pairs)
         source, target = (mx.array(x, mx.int32) for x in zip(*block_copies, strict=True))
         for array in (*self.key_caches, *self.value_caches):
             if array.size:
@@ -118,22 +95,48 @@ class PagedCache(MetalPagedKVCache):
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests will not go on where they were."""
-        for layer in filter(None, self.layers):
+        for layer in self._compressed:
             layer.forget(requests)
+        for request in requests:
+            self._blocks.pop(request, None)
 
-    def segments(self, ctx, layer: int) -> list[Segment]:
-        """The requests of a forward pass, with the blocks of a layer's pages."""
-        group, layout = self.group_index_for_layer(layer), self.layers[layer].pool.layout
-        key = group, layout.config.block_size, "turboquant"
-        if key not in ctx.kernel_metadata_cache:
-            tables, size = ctx.block_tables, self.block_size_for_layer(layer)
-            if ctx.kv_groups is not None:
-                tables, size = ctx.kv_groups[group].block_tables, ctx.kv_groups[group].block_size
-            ctx.kernel_metadata_cache[key] = _segments(ctx, tables, pages_of(size, layout))
-        return ctx.kernel_metadata_cache[key]
+    def segments(self, ctx) -> list[Segment]:
+        """The requests of a forward pass, with the blocks of the layers' pages."""
+        if "turboquant" not in ctx.kernel_metadata_cache:  # which lasts as long as the pass
+            ctx.kernel_metadata_cache["turboquant"] = self._segments(ctx)
+        return ctx.kernel_metadata_cache["turboquant"]
+
+    def _segments(self, ctx) -> list[Segment]:
+        """What each request adds. The tokens of a draft are listed one by one, or together."""
+        group = self.group_index_for_layer(0)
+        tables = ctx.kv_groups[group].block_tables if ctx.kv_groups else ctx.block_tables
+        found: list[Segment] = []
+        requests = iter(ctx.turboquant_requests)
+        for i, (offset, table) in enumerate(zip(ctx.offsets, tables, strict=True)):
+            start, stop = ctx.cu_seqlens[i], ctx.cu_seqlens[i + 1]
+            by_index = ctx.segment_positions is None or ctx.segment_positions[i] is None
+            if i and table is tables[i - 1] and offset == found[-1].offset + found[-1].count:
+                columns = slice(found[-1].columns.start, stop)
+                by_index = by_index and found[-1].by_index
+                found[-1] = replace(found[-1], columns=columns, by_index=by_index)
+                continue
+            request = next(requests)
+            blocks = self._page_blocks(request, table)
+            found.append(Segment(request, slice(start, stop), offset, blocks, by_index))
+        return found
+
+    def _page_blocks(self, request: str, table: list[int]) -> list[int]:
+        """Our blocks of a request: the list of its last step, made longer, where that is enough."""
+        known, blocks = self._blocks.get(request, ([], []))
+        if table[: len(known)] != known:
+            known, blocks = [], []
+        blocks += [b * self._pages + i for b in table[len(known) :] for i in range(self._pages)]
+        self._blocks[request] = table, blocks
+        return blocks
 
     def _log_dense_cache(self) -> None:
-        total = sum(x.nbytes for x in (*self._pools, *self.key_caches, *self.value_caches))
+        total = sum(x.nbytes for x in self.key_caches + self.value_caches)
+        total += sum(layer.pool.nbytes for layer in self._compressed)
         logger.info(
             "turboquant: %.1f MB of pages for %d layers, %d blocks of %d tokens",
             total / 1e6,
@@ -141,23 +144,3 @@ class PagedCache(MetalPagedKVCache):
             self.num_blocks,
             self.block_size,
         )
-
-    def _log_layout_cache(self, layout) -> None:
-        self._log_dense_cache()
-
-
-def _segments(ctx, tables: list[list[int]], pages: int) -> list[Segment]:
-    """What each request adds. vllm-metal lists the tokens of a draft one by one, or together."""
-    found: list[Segment] = []
-    requests = iter(ctx.turboquant_requests)
-    for i, (offset, blocks) in enumerate(zip(ctx.offsets, tables, strict=True)):
-        start, stop = ctx.cu_seqlens[i], ctx.cu_seqlens[i + 1]
-        by_index = ctx.segment_positions is None or ctx.segment_positions[i] is None
-        if i and blocks is tables[i - 1] and offset == found[-1].offset + found[-1].count:
-            request, offset, start = found[-1].request, found[-1].offset, found[-1].columns.start
-            by_index, expanded = by_index and found[-1].by_index, found.pop().blocks
-        else:
-            request = next(requests)
-            expanded = [b * pages + j for b in blocks for j in range(pages)]
-        found.append(Segment(request, slice(start, stop), offset, expanded, by_index))
-    return found

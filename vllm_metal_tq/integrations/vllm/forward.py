@@ -31,7 +31,7 @@ def _forward(inner, x: mx.array, ctx, kv_cache: PagedCache, layer_idx: int, embe
     )
     attended = layer.attend(
         *padded,
-        kv_cache.segments(ctx, layer_idx),
+        kv_cache.segments(ctx),
         scale=inner.sm_scale if scale is None else scale,
         sinks=getattr(inner, "sinks", None),
     )

@@ -58,4 +58,6 @@ def align(platform, vllm_config, settings: Settings, user_block_size: int | None
     cache.block_size, cache.mamba_page_size_padded = hybrid_alignment(
         [bytes_per_token], state.page_size_bytes, alignment, cache.block_size
     )
+    if cache.mamba_cache_mode == "align":  # states are found by the number of their block
+        cache.mamba_block_size = cache.block_size
     logger.info("turboquant: blocks of %d tokens hold a state", cache.block_size)

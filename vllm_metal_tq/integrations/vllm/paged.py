@@ -29,7 +29,8 @@ class Segment:
         request: who it is, as long as it goes on.
         columns: where in the batch its tokens are.
         offset: how many tokens of the request there are before these.
-        blocks: the blocks of its pages, in order, those for the new tokens among them.
+        blocks: the blocks of its pages, in order, those for the new tokens among them. The same
+            list as before, longer perhaps, where those of older tokens have not changed.
         by_index: whether the positions of the tokens are their indices.
     """
 
@@ -82,8 +83,7 @@ class _Blocks(BlockTable):
 
     def follow(self, segment: Segment) -> None:
         """Take over what the engine says of the blocks before new tokens."""
-        known = segment.blocks[: len(self.blocks)] == self.blocks
-        unchanged = min(self.unchanged, len(segment.blocks)) if known else 0
+        unchanged = self.unchanged if segment.blocks is self.blocks else 0
         self.hold(segment.blocks, segment.offset)
         self.unchanged = unchanged
 
@@ -108,9 +108,10 @@ class _Batch(Sequences):
     def _make_room(self, counts: list[int]) -> None:
         pass  # the engine has made it
 
-    def _uncentred(self, which: int, count: int) -> int:
+    @property
+    def _encoding(self) -> Centre | None:
         # Flags stand for a mean that is turned by the index of a token.
-        return 0 if self._by_index else count
+        return self.centre if self._by_index or not self.centre else self.centre.without_mu
 
 
 class PagedLayer:
@@ -161,8 +162,16 @@ class PagedLayer:
             batch.follow(group)
             own = [_unpacked(x, group) for x in (queries, keys, values)]
             batch.store(*own[1:])
+            batch.tail.settle()
             outputs.append(_packed(batch.attend(*own, mask="causal", **options)))
         return mx.concatenate(outputs, axis=2) if outputs[1:] else outputs[0]
+
+    @property
+    def pending(self) -> list[mx.array]:
+        """What a forward pass leaves to be evaluated, though no output may depend on it."""
+        batches = {id(batch): batch for batch, _ in self._places.values()}.values()
+        tails = [array for batch in batches for array in batch.tail.arrays or ()]
+        return [self.pool.pages, *tails]
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests will not go on where they were."""

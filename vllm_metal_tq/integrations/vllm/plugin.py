@@ -12,7 +12,7 @@ import importlib.util
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 
-from .settings import CACHE_DTYPES, FOREIGN, UNCOMPRESSED, Settings, mla_complaint
+from .settings import CACHE_DTYPES, FOREIGN, UNCOMPRESSED, Settings, mla_complaint, shared_complaint
 
 OWN_KEY = "vllm_metal_tq"
 """Where the checked configuration is in ``additional_config``."""
@@ -100,6 +100,8 @@ def prepare(vllm_config) -> None:
         return
     _check_versions()
     _check_model(vllm_config.model_config)
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise NotImplementedError("turboquant does not serve --pipeline-parallel-size > 1 yet")
     _set_block_size(vllm_config.cache_config, settings, "block_size" in given)
     foreign = {key: given[key] for key in FOREIGN if key in given}
     own = {key: value for key, value in given.items() if key not in foreign}
@@ -109,12 +111,16 @@ def prepare(vllm_config) -> None:
 def _from_cache_dtype(cache_config, given: dict) -> dict:
     """``additional_config`` with what ``--kv-cache-dtype turboquant_*`` says, on a Mac."""
     dtype = cache_config.cache_dtype
-    if dtype not in CACHE_DTYPES or not _on_metal():
+    if dtype not in CACHE_DTYPES or given.get("turboquant") is False or not _on_metal():
         return given
     k_quant, v_quant = CACHE_DTYPES[dtype]
-    skipped = {layer: UNCOMPRESSED for layer in cache_config.kv_cache_dtype_skip_layers or ()}
+    skipped = list(cache_config.kv_cache_dtype_skip_layers or ())
+    if unknown := [layer for layer in skipped if not str(layer).isdecimal()]:
+        raise ValueError(
+            f"turboquant: --kv-cache-dtype-skip-layers {unknown[0]!r}: layers are given by number"
+        )
     cache_config.cache_dtype, cache_config.kv_cache_dtype_skip_layers = "auto", []
-    named = {"turboquant": True, "layer_overrides": skipped}
+    named = {"turboquant": True, "layer_overrides": dict.fromkeys(skipped, UNCOMPRESSED)}
     if not {"preset", "k_quant", "v_quant"} & set(given):
         named |= {"k_quant": k_quant, "v_quant": v_quant}
     return named | given
@@ -181,6 +187,8 @@ def _check_model(model_config) -> None:
     config = model_config.hf_text_config
     if getattr(config, "kv_lora_rank", None):
         raise NotImplementedError(mla_complaint(model_config.model, config.num_hidden_layers))
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise NotImplementedError(shared_complaint(model_config.model))
 
 
 def _set_block_size(cache_config, settings: Settings, asked: bool) -> None:

@@ -112,6 +112,14 @@ def _overrides(given: str | Mapping[str, Any]) -> tuple[str, frozenset[int]]:
     return ",".join(layers), frozenset(uncompressed)
 
 
+def shared_complaint(model: str) -> str:
+    """Why a model with layers that read the cache of others is refused."""
+    return (
+        f"turboquant: {model} has layers that read the cache of others, which is not supported; "
+        "turn turboquant off for this model"
+    )
+
+
 def mla_complaint(model: str, num_layers: int) -> str:
     """Why a model with multi-head latent attention is refused."""
     last = num_layers - 1
