@@ -110,7 +110,7 @@ def test_the_default_budget_is_a_share_of_what_metal_recommends(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_client_is_answered_until_a_signal_comes(capsys, sign):
+def test_a_client_is_answered_until_a_signal_comes(capsys, demo, sign):
     """The command in this thread; the client, and then the signal, from another."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -148,6 +148,7 @@ def test_a_client_is_answered_until_a_signal_comes(capsys, sign):
     # The second chat found all but the last token of its prompt in pages.
     assert f"tokens_cached_total {got['cached'] - 1}.0" in got["metrics"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert "make_cache" not in vars(demo[0])  # its caches are mlx_lm's own again
 
 
 def wait_until_there(port, tries=600):
