@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
         _listen(ours.Server(args.host, args.port, generator, options), args.model)
     finally:
         generator.stop_and_join()
-        provider.pools.detach()  # the model outlives us where tests share it
+        provider.pools.detach()
 
 
 def _listen(server, model: str) -> None:
