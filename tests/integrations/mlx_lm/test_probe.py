@@ -126,6 +126,24 @@ def test_layers_that_share_keys_keep_their_cache():
     run(build("gemma3n", text_config=text), 0, 2)
 
 
+def test_a_layer_whose_keys_another_reads_keeps_its_cache():
+    # Gemma 4 E2B and E4B hand them on without the cache: a reader would miss the past.
+    sizes = {"head_dim": 64, "global_head_dim": 64, "num_key_value_heads": 1, "sliding_window": 8}
+    few = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 97}
+
+    def gemma(shared):
+        kinds = {"sliding_window_pattern": 2, "num_kv_shared_layers": shared}
+        return build("gemma4_text", num_hidden_layers=6, **sizes, **few, **kinds)
+
+    def caches(model, compressed):
+        names = {True: "TurboQuantKVCache", False: "KVCache"}
+        full = run(model, sum(compressed), len(compressed) * 2)[1::2]
+        assert [type(cache).__name__ for cache in full] == [names[c] for c in compressed]
+
+    caches(gemma(0), [True, True, True])
+    caches(gemma(2), [True, False])
+
+
 def test_keys_that_are_changed_after_the_cache_keep_their_cache(monkeypatch):
     # The past would miss the change.
     def scaled(self, x, mask=None, cache=None):

@@ -8,6 +8,8 @@ class, and calls the original, with the same arguments, for every other cache.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.nn as nn
 import mlx_lm.models.base as base
@@ -21,9 +23,12 @@ dense_attention = base.scaled_dot_product_attention
 """mlx_lm's own function, as it was before the hook."""
 
 _rebound: dict[int, dict] = {}  # by id, because a model's file may be no entry of sys.modules
+_watchers: list[list] = []
 
 
 def _attention(queries, keys, values, cache, scale, mask, sinks=None):
+    for seen in _watchers:
+        seen.append((queries, keys, values, cache))
     attend = getattr(cache, "attend", None)
     if attend is None:
         return dense_attention(queries, keys, values, cache, scale, mask, sinks)
@@ -50,6 +55,17 @@ def uninstall() -> None:
             namespace[_NAME] = dense_attention
     _rebound.clear()
     vars(host).pop("TurboQuantKVCache", None)
+
+
+@contextmanager
+def watched() -> Iterator[list]:
+    """The (queries, keys, values, cache) of every attention inside; the cache may be None."""
+    seen: list[tuple] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
 
 
 def host_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
