@@ -1,5 +1,6 @@
 """The real vLLM and vllm-metal over HTTP, uncompressed and with presets of ours."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -27,6 +28,8 @@ SETTINGS = {
         "layer_overrides": {"28-29": "tq6"},
     },
 }
+# vLLM leaves two layers at each end uncompressed where its own names are given.
+ENDS_DENSE = SETTINGS["tq4"] | {"layer_overrides": {"0-1": "bf16", "28-29": "bf16"}}
 CONCURRENT = 4
 BLOCKS = 17  # the whole cache, of which vLLM keeps one: four requests of 64 tokens fit, no more
 FLAGS = (
@@ -62,12 +65,13 @@ def shown_log(request):
 
 
 def prompt_cache(setting, model):
-    given = SETTINGS[setting]
-    if given is None:
-        return mlx_lm.models.cache.make_prompt_cache(model)
-    settings = Settings.parse(given)
+    dense = mlx_lm.models.cache.make_prompt_cache(model)
+    if setting is None:
+        return dense
+    settings = Settings.parse(setting)
     calibration = calibrated() if settings.calibration else None
-    return make_prompt_cache(model, settings.config, calibration=calibration)
+    ours = make_prompt_cache(model, settings.config, calibration=calibration)
+    return [(dense if i in settings.uncompressed else ours)[i] for i in range(len(ours))]
 
 
 @cache
@@ -108,7 +112,7 @@ def distinct_prompts(demo, length):
 def test_a_completion_has_the_tokens_of_this_library(served, demo, setting):
     prompt = tokenized(demo, TEA * 9, 150)
     assert len(prompt) == 150 <= CHUNK
-    assert served.tokens(prompt, 24) == expected(demo, setting, prompt, 24)
+    assert served.tokens(prompt, 24) == expected(demo, SETTINGS[setting], prompt, 24)
 
 
 def test_a_completion_comes_whole_and_as_a_stream(served):
@@ -137,7 +141,7 @@ def test_a_chat_comes_whole_and_as_a_stream(served):
 def test_four_requests_at_once_get_what_each_gets_alone(served, demo, setting):
     prompts = distinct_prompts(demo, 40)
     together = at_once(lambda prompt: served.tokens(prompt, 12), prompts)
-    assert together == [expected(demo, setting, prompt, 12) for prompt in prompts]
+    assert together == [expected(demo, SETTINGS[setting], prompt, 12) for prompt in prompts]
 
 
 def test_a_prompt_that_is_cached_is_not_computed_again(served, demo):
@@ -153,12 +157,12 @@ def test_requests_that_do_not_fit_together_are_preempted_and_end(served, demo, s
     prompts = distinct_prompts(demo, 40)
     together = at_once(lambda prompt: served.tokens(prompt, 28), prompts)
     assert served.metric("num_preemptions") > before
-    assert together == [expected(demo, setting, prompt, 28) for prompt in prompts]
+    assert together == [expected(demo, SETTINGS[setting], prompt, 28) for prompt in prompts]
 
 
 def test_the_log_says_what_fits(served, setting, demo):
     found = re.findall(
-        r"turboquant (\S+): (\S+)x smaller\. (\S+) tokens fit into (\S+) GiB", served.log
+        r"turboquant (\S+): (\S+)x smaller\. (\S+) tokens fit into \S+ GiB", served.log
     )
     if setting == "dense":
         assert not found
@@ -173,6 +177,24 @@ def test_the_log_says_what_fits(served, setting, demo):
     assert label == settings.label
     assert float(ratio) == pytest.approx(2 * 4 * head_dim * len(rows) / sum(rows), abs=0.01)
     assert int(tokens.replace(",", "")) == BLOCKS * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_vllms_own_name_of_a_cache_serves_ours(drafts, model_folder, demo, tmp_path):
+    flags = ["--max-model-len", "240", "--kv-cache-dtype", "turboquant_4bit_nc"]
+    if drafts:
+        words = {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+        lookup = {"method": "ngram", "num_speculative_tokens": drafts} | words
+        flags += ["--speculative-config", json.dumps(lookup)]
+    prompt = tokenized(demo, TEA * 9, 150)
+    with serve(model_folder, tmp_path / "log", {"calibration": False}, flags) as server:
+        assert server.tokens(prompt, 48) == expected(demo, ENDS_DENSE, prompt, 48)
+        if drafts:
+            accepted, drafted = (
+                server.metric(f"spec_decode_num_{what}_tokens") for what in ("accepted", "draft")
+            )
+            assert 0 < accepted < drafted
+        assert f"turboquant {Settings.parse(ENDS_DENSE).label}: " in server.log
 
 
 @pytest.mark.parametrize("setting", ["dense", "tq4"])

@@ -31,12 +31,6 @@ def align(platform, vllm_config, settings: Settings, user_block_size: int | None
     if not (model and model.is_hybrid):
         return
     cache = vllm_config.cache_config
-    architecture, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
-    state = MambaSpec(
-        shapes=architecture.get_mamba_state_shape_from_config(vllm_config),
-        dtypes=architecture.get_mamba_state_dtype_from_config(vllm_config),
-        block_size=-1,
-    )
     heads = model.get_num_kv_heads(vllm_config.parallel_config)
     if settings.uncompressed or settings.config.layer_overrides:
         raise ValueError(
@@ -56,8 +50,20 @@ def align(platform, vllm_config, settings: Settings, user_block_size: int | None
         getattr(cache, "prefix_match_unit", None) or 1,
     )
     cache.block_size, cache.mamba_page_size_padded = hybrid_alignment(
-        [bytes_per_token], state.page_size_bytes, alignment, cache.block_size
+        [bytes_per_token], _state_bytes(vllm_config), alignment, cache.block_size
     )
     if cache.mamba_cache_mode == "align":  # states are found by the number of their block
         cache.mamba_block_size = cache.block_size
     logger.info("turboquant: blocks of %d tokens hold a state", cache.block_size)
+
+
+def _state_bytes(vllm_config) -> int:
+    """Of the largest state that a layer keeps."""
+    model = vllm_config.model_config
+    architecture, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+    if hasattr(architecture, "get_mamba_specs_from_config"):  # layers of several kinds
+        specs = architecture.get_mamba_specs_from_config(vllm_config)
+        return max(spec.page_size_bytes for spec in specs)
+    shapes = architecture.get_mamba_state_shape_from_config(vllm_config)
+    dtypes = architecture.get_mamba_state_dtype_from_config(vllm_config)
+    return MambaSpec(shapes=shapes, dtypes=dtypes, block_size=-1).page_size_bytes
