@@ -346,7 +346,7 @@ def test_a_client_that_stalls_is_timed_out_even_if_it_drips(model, sent, answer)
 # The budget
 
 
-def test_over_budget_is_answered_while_others_go_on(model):
+def test_over_budget_is_answered_while_others_go_on(model, slowly):
     with server(model=model, blocks=20) as running:
         first = client(running).completions.create(
             model="tiny", prompt="a" * 40, max_tokens=200, logit_bias=LONG, stream=True
