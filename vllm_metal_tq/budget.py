@@ -8,7 +8,7 @@ divergence falls most per bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.nn as nn
@@ -16,9 +16,10 @@ import mlx_lm.models.cache as host
 
 from .calibration import Calibration
 from .config import WIDTHS, TurboQuantConfig
-from .evaluate import as_decoding
+from .evaluate import Method, as_decoding
 from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
-from .sweep import Method, measure
+from .sweep import measure
+from .types import MakeCaches, Progress, PromptCache
 
 PROBED, FINE = 3, 8  # bits of the half that is measured, and of the other
 
@@ -30,7 +31,7 @@ def sensitivities(
     model: nn.Module,
     token_ids: list[int],
     calibration: Calibration,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Halves | None]:
     """KL divergence, in nats, by each layer's keys and values at ``PROBED`` bits alone.
 
@@ -44,8 +45,8 @@ def sensitivities(
         One for each layer, None where it is not compressed.
     """
 
-    def alone(layer: int, widths: tuple[int, int]) -> Callable[[nn.Module], list]:
-        def caches(model: nn.Module) -> list:
+    def alone(layer: int, widths: tuple[int, int]) -> MakeCaches:
+        def caches(model: nn.Module) -> PromptCache:
             made = host.make_prompt_cache(model)
             config = TurboQuantConfig(*widths)
             made[layer] = make_prompt_cache(model, config, calibration=calibration)[layer]
@@ -96,13 +97,14 @@ def assign(
         ValueError: the budget is below what the smallest widths take.
     """
     left = check(budget, head_dims)
-    layers = [i for i, halves in enumerate(found) if halves is not None]
-    halves = {(i, half): 0 for i in layers for half in (0, 1)}  # index of the width
+    # Of each layer's keys (0) and values (1): what was found, and the index of the width.
+    figures = {(i, half): pair[half] for i, pair in enumerate(found) if pair for half in (0, 1)}
+    halves = dict.fromkeys(figures, 0)
+    layers = [i for i, pair in enumerate(found) if pair]
 
     def gain(key: tuple[int, int]) -> float:
-        layer, half = key
         bits, more = WIDTHS[halves[key]], WIDTHS[halves[key] + 1]
-        return found[layer][half] * (4.0**-bits - 4.0**-more) / (more - bits)
+        return figures[key] * (4.0**-bits - 4.0**-more) / (more - bits)
 
     def cost(key: tuple[int, int]) -> int:
         return WIDTHS[halves[key] + 1] - WIDTHS[halves[key]]

@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from platformdirs import user_cache_path
 
+from . import safetensors
 from .centre import Centre, turn
 from .config import TurboQuantConfig
 from .rope import Rope
@@ -80,8 +82,7 @@ def load(file: Path, model: nn.Module) -> Calibration:
     damaged = f"calibration {str(file)!r} is damaged or foreign"
     anew = "make it anew with `vllm-metal-tq calibrate`"
     try:
-        arrays, metadata = mx.load(str(file), format="safetensors", return_metadata=True)
-        mx.eval(arrays)  # reads the file to its end
+        arrays, metadata = safetensors.read(file)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{damaged}: {error}; {anew}") from error
     if metadata.get("format") != _FORMAT:
@@ -138,13 +139,18 @@ def find(model: nn.Module, folder: str | Path | None = None) -> Calibration | No
 
 def fingerprint(model: nn.Module) -> str:
     """32 hexadecimal digits that tell models apart: all shapes and types, and some weights."""
-    weights = sorted(tree_flatten(model.parameters()))
+    weights = named_weights(model)
     digest = hashlib.sha256(repr([(name, x.shape, str(x.dtype)) for name, x in weights]).encode())
     for _, x in weights[:: max(len(weights) // 16, 1)]:
         some = x.reshape(-1)[:64]
         floating = mx.issubdtype(some.dtype, mx.floating)
         digest.update(np.array(some.astype(mx.float32) if floating else some).tobytes())
     return digest.hexdigest()[:32]
+
+
+def named_weights(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """A model's weights by the paths of their modules, in the paths' order."""
+    return sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
 
 
 class Statistics:
@@ -173,11 +179,14 @@ class Statistics:
         sums = [x.sum(axis=1) for x in (keys, mx.square(keys), values, mx.square(values))]
         sums.append(squares.mean(axis=1) * count)
         self._count += count
-        self._sums = [a + b for a, b in zip(self._sums or [0] * 5, sums, strict=True)]
+        earlier = self._sums or [mx.zeros_like(x) for x in sums]
+        self._sums = [a + b for a, b in zip(earlier, sums, strict=True)]
         mx.eval(self._sums)
 
     def centre(self) -> Centre | None:
         """The centre of the tokens so far, or None where it would save less than ``WORTH``."""
+        if self._near is None:
+            raise ValueError("a centre needs tokens: none were added")
         rest, square, value_mean, value_square, query_square = (x / self._count for x in self._sums)
         mu = rest + self._near[:, 0]
         pairs = self._rope.pairs
@@ -207,6 +216,7 @@ def _saved(before: np.ndarray, after: np.ndarray) -> float:
 def _by_pair(squares: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Means over pairs of ``(num_kv_heads, head_dim)``, kept away from zero, in each element."""
     first, second = pairs[:, 0], pairs[:, 1]
-    out = np.empty(squares.shape, np.float64)
+    out = np.empty(squares.shape)
     out[:, first] = out[:, second] = (squares[:, first] + squares[:, second]) / 2
-    return np.maximum(out, 1e-6 * out.max(axis=1, keepdims=True) + 1e-30)
+    kept: np.ndarray = np.maximum(out, 1e-6 * out.max(axis=1, keepdims=True) + 1e-30)
+    return kept

@@ -10,6 +10,7 @@ the difference is small and stays in the codes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -40,7 +41,7 @@ class Centre:
     smoothing: mx.array
     value_mean: mx.array
 
-    def __deepcopy__(self, memo) -> Centre:
+    def __deepcopy__(self, memo: object) -> Centre:
         return self  # nothing in it changes, and identity is its hash
 
     def at(self, positions: mx.array) -> mx.array:
@@ -65,7 +66,7 @@ class Centre:
         return mx.array(self.pairs), self.mu, self.smoothing, self.value_mean
 
     @classmethod
-    def from_arrays(cls, arrays, num_kv_heads: int, head_dim: int) -> Centre:
+    def from_arrays(cls, arrays: Sequence[mx.array], num_kv_heads: int, head_dim: int) -> Centre:
         """Rebuild a centre from ``arrays``.
 
         Raises:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 from numpy.polynomial import Polynomial
+
+Number = TypeVar("Number", float, mx.array, np.ndarray)
 
 _GAUSSIAN_COEFFICIENTS = {
     2: (1.78577, 0.40554, 0.0),
@@ -35,12 +38,12 @@ class Uniform:
 
     def codes(self, x: mx.array) -> mx.array:
         """Nearest codes of ``x`` (any shape, float32) as uint8; the ends clip."""
-        half = 2 ** (self.bits - 1)
+        half = 1 << (self.bits - 1)
         return mx.clip(mx.floor(x) + half, 0, 2 * half - 1).astype(mx.uint8)
 
     def levels(self, codes: mx.array) -> mx.array:
         """Levels of uint8 ``codes``, float32, same shape."""
-        return codes.astype(mx.float32) - (2**self.bits - 1) / 2
+        return codes.astype(mx.float32) - ((1 << self.bits) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Gaussian:
         Cells meet where ``cell_polynomial`` gives whole numbers, because that is how kernels find
         them: within 1 % of a cell of the middle between two levels (4 % at 8 bits).
         """
-        size, half = mx.abs(x), 2 ** (self.bits - 1)
+        size, half = mx.abs(x), 1 << (self.bits - 1)
         outwards = mx.zeros(x.shape, mx.uint8)
         for boundary in self._positive_boundaries:
             outwards = outwards + (size > boundary)
@@ -70,7 +73,7 @@ class Gaussian:
 
     def levels(self, codes: mx.array) -> mx.array:
         """Levels of uint8 ``codes``, float32, same shape."""
-        n = 2**self.bits
+        n = 1 << self.bits
         return self._level((2 * codes.astype(mx.float32) + (1 - n)) * (1 / n))
 
     @property
@@ -84,7 +87,7 @@ class Gaussian:
         """The last level."""
         return float(self._level(1 - 1 / 2**self.bits))
 
-    def _level(self, w):
+    def _level(self, w: Number) -> Number:
         b, a_by_b, c_by_b = self.coefficients
         factor = _half(w * w + a_by_b)
         if c_by_b:
@@ -92,7 +95,8 @@ class Gaussian:
             for _ in range(2):
                 eighth = _half(eighth * eighth)
             factor = _half(_half(eighth * c_by_b) * eighth + factor)
-        return _half(w * factor) * b
+        level: Number = _half(w * factor) * b
+        return level
 
     @cached_property
     def _positive_boundaries(self) -> list[float]:
@@ -102,14 +106,15 @@ class Gaussian:
         for _ in range(5):  # Newton's
             s = x * x - centre
             x = x - (x * cells(s) - whole) / (cells(s) + 2 * x * x * cells.deriv()(s))
-        return x.tolist()
+        return list(map(float, x))
 
     @cached_property
     def _middles(self) -> np.ndarray:
         """The middles between positive levels, float64."""
-        n = 2**self.bits
+        n = 1 << self.bits
         levels = self._level(np.arange(1, n, 2, dtype=np.float32) / n).astype(np.float64)
-        return (levels[1:] + levels[:-1]) / 2
+        middles: np.ndarray = (levels[1:] + levels[:-1]) / 2
+        return middles
 
     @property
     def cell_centre(self) -> float:
@@ -126,16 +131,17 @@ class Gaussian:
         powers = x[:, None] * (x[:, None] ** 2 - self.cell_centre) ** np.arange(terms)
         size = np.abs(powers).max(axis=0)  # makes it well conditioned
         fit, *_ = np.linalg.lstsq(powers / size, np.arange(1, len(x) + 1), rcond=None)
-        return (fit / size).tolist()
+        return list(map(float, fit / size))
 
 
-def _half(x):
+def _half(x: Number) -> Number:
     """Float32 ``x`` in 11 significant bits, as half floats have (Veltkamp's splitting).
 
     Casts there and back cost eight times as much on a CPU.
     """
-    scaled = x * 8193.0
-    return scaled - (scaled - x)
+    scaled: Number = x * 8193.0
+    rounded: Number = scaled - (scaled - x)
+    return rounded
 
 
 @lru_cache

@@ -76,14 +76,14 @@ def encode(
         uint8 ``(..., num_tokens, row_bytes)``, evaluated slice by slice.
 
     Raises:
-        ValueError: the shapes differ from each other or from the layout, or an element is NaN,
-            infinite, or too large for an fp16 scale.
+        ValueError: the shapes differ from each other or from the layout, a centre comes without
+            positions, or an element is NaN, infinite, or too large for an fp16 scale.
     """
     check_shapes(keys, values, layout)
     rows = []
     for i in range(0, keys.shape[-2], SLICE):
         some = slice(i, i + SLICE)
-        where = positions[some] if centre else None
+        where = None if positions is None else positions[some]
         rows.append(_encode(keys[..., some, :], values[..., some, :], layout, centre, where))
     return mx.concatenate(rows, axis=-2)
 
@@ -97,11 +97,17 @@ def check_shapes(keys: mx.array, values: mx.array, layout: PageLayout) -> None:
         )
 
 
-def _encode(keys, values, layout: PageLayout, centre: Centre | None, positions) -> mx.array:
+def _encode(
+    keys: mx.array,
+    values: mx.array,
+    layout: PageLayout,
+    centre: Centre | None,
+    positions: mx.array | None,
+) -> mx.array:
     short_keys, short_values = keys, values
     if centre:
         t, m = centre.smoothing[:, None], centre.value_mean[:, None]
-        short_keys, f = _shorter(keys * t, centre.at(positions) * t)
+        short_keys, f = _shorter(keys * t, centre.at(_needed(positions)) * t)
         short_values, g = _shorter(values, m)
     k_codes, k_scale = encode_keys(rotate(short_keys), layout.config.k_bits)
     v_codes, v_scale = encode_values(rotate(short_values), layout.config.v_bits)
@@ -121,6 +127,12 @@ def _encode(keys, values, layout: PageLayout, centre: Centre | None, positions) 
     if not finite.item():
         raise ValueError(f"cannot encode: {_what_is_wrong(keys, values)}")
     return rows
+
+
+def _needed(positions: mx.array | None) -> mx.array:
+    if positions is None:
+        raise ValueError("a centre needs the positions of the tokens")
+    return positions
 
 
 def _shorter(x: mx.array, mean: mx.array) -> tuple[mx.array, mx.array]:
@@ -153,6 +165,9 @@ def decode(
     Returns:
         Keys and values, float32 ``(..., block_size, dim)`` each, still rotated, keys still
         smoothed.
+
+    Raises:
+        ValueError: a centre comes without positions.
     """
     *planes, scales = layout.split(pages)
     scales = mx.abs(scales.view(mx.float16).astype(mx.float32))
@@ -163,8 +178,10 @@ def decode(
     if not centre:
         return keys, values
     f, g = (flag.flatten(1) for flag in flags(pages, layout))
-    means_added = add_means(keys.flatten(1, 2), values.flatten(1, 2), f, g, centre, positions)
-    return tuple(x.reshape(keys.shape) for x in means_added)
+    flat_keys, flat_values = add_means(
+        keys.flatten(1, 2), values.flatten(1, 2), f, g, centre, _needed(positions)
+    )
+    return flat_keys.reshape(keys.shape), flat_values.reshape(values.shape)
 
 
 def add_means(
@@ -234,7 +251,7 @@ def nearest(
     4 bits on.
     """
     size = mx.abs(y).max(axis=-1, keepdims=True)
-    steps = size * mx.array(steps).reshape(-1, *(1,) * y.ndim)
+    steps = size * mx.array(list(steps)).reshape(-1, *(1,) * y.ndim)
     safe = mx.where(steps == 0, 1, steps)  # zero vectors
     codes = codebook.codes(y / safe)
     error = mx.square(y - steps * codebook.levels(codes)).sum(axis=-1, keepdims=True)
@@ -247,7 +264,7 @@ def _pack(codes: mx.array, bits: int) -> list[mx.array]:
     """Split codes into planes and pack each: element d at bit (d mod 8/b)*b of its byte."""
     planes = []
     for width in PLANE_BITS[bits]:
-        fields = (codes & (2**width - 1)).reshape(*codes.shape[:-1], -1, 8 // width)
+        fields = (codes & ((1 << width) - 1)).reshape(*codes.shape[:-1], -1, 8 // width)
         shifts = mx.arange(0, 8, width, dtype=mx.uint8)
         planes.append((fields << shifts).sum(axis=-1).astype(mx.uint8))
         codes = codes >> width
@@ -272,7 +289,7 @@ def fields(plane: mx.array, width: int) -> mx.array:
     spread = wide
     for i in range(1, 8 // width):
         spread = spread | (wide << (i * (8 - width)))
-    return spread.view(mx.uint8) & (2**width - 1)
+    return spread.view(mx.uint8) & ((1 << width) - 1)
 
 
 def _what_is_wrong(keys: mx.array, values: mx.array) -> str:

@@ -7,13 +7,14 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from .evaluate import CHUNK
+from .types import PromptCache, Tokenizer
 
 
 def complete(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompt: list[int],
-    caches: list,
+    caches: PromptCache,
     max_tokens: int,
     stop: str | None = None,
 ) -> str:
@@ -41,7 +42,7 @@ def complete(
     for token, _ in steps:
         if token in tokenizer.eos_token_ids:
             break
-        tokens.append(token)
+        tokens.append(int(token))
         text = tokenizer.decode(tokens)
         if stop and stop in text:
             return text[: text.index(stop)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -46,7 +47,7 @@ class TurboQuantConfig:
     block_size: int = 16
     layer_overrides: tuple[tuple[int, int, int, int], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _one_of("k_bits", self.k_bits, WIDTHS)
         _one_of("v_bits", self.v_bits, WIDTHS)
         _one_of("block_size", self.block_size, BLOCK_SIZES)
@@ -87,16 +88,16 @@ class TurboQuantConfig:
     def for_layer(self, layer: int) -> TurboQuantConfig:
         """The config of one layer, without overrides."""
         widths = self.k_bits, self.v_bits
-        for first, last, *own in self.layer_overrides:
-            widths = own if first <= layer <= last else widths
+        for first, last, k_bits, v_bits in self.layer_overrides:
+            widths = (k_bits, v_bits) if first <= layer <= last else widths
         return TurboQuantConfig(*widths, self.block_size)
 
     @property
     def layers(self) -> str:
         """The overrides as ``from_names`` takes them."""
         return ",".join(
-            (f"{first}=" if first == last else f"{first}-{last}=") + TurboQuantConfig(*widths).label
-            for first, last, *widths in self.layer_overrides
+            (f"{first}=" if first == last else f"{first}-{last}=") + TurboQuantConfig(k, v).label
+            for first, last, k, v in self.layer_overrides
         )
 
     @property
@@ -141,7 +142,7 @@ def _bits(option: str, name: str) -> int:
     return QUANT_NAMES[name]
 
 
-def _one_of(option: str, given, allowed) -> None:
+def _one_of(option: str, given: object, allowed: Collection[object]) -> None:
     if given not in allowed:
         raise ValueError(
             f"{option} {given!r} is unknown: allowed are {', '.join(map(str, allowed))}"

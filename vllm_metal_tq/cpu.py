@@ -7,7 +7,7 @@ what is made of the pages is a slice of tokens at a time, which stays in the pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -126,7 +126,8 @@ class _Means:
         angle = (np.uint32(start % TURN) * steps).view(np.int32) * (TWO_PI / TURN)
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         turned = [self._cos * cos + self._sin * sin, self._sin * cos - self._cos * sin]
-        return np.concatenate(turned, axis=-1) @ _waves(self._pairs)[:, :count]
+        logits: np.ndarray = np.concatenate(turned, axis=-1) @ _waves(self._pairs)[:, :count]
+        return logits
 
     def add(self, weights: np.ndarray, decay: np.ndarray) -> None:
         """Count the weights of flagged values, after those so far have decayed."""
@@ -146,7 +147,9 @@ def _waves(pairs: bytes) -> np.ndarray:
     return np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
-def _slices(pages: np.ndarray, blocks: Sequence[int], num_tokens: int, layout: PageLayout):
+def _slices(
+    pages: np.ndarray, blocks: Sequence[int], num_tokens: int, layout: PageLayout
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], np.ndarray]]:
     """Key planes, value planes ``(num_kv_heads, n, bytes)`` and float32 scales ``(..., n, 2)``."""
     block_size, num_k_planes = layout.config.block_size, len(PLANE_BITS[layout.config.k_bits])
     blocks, ends = np.array(blocks), np.cumsum(layout.plane_bytes)

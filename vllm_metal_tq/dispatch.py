@@ -110,6 +110,7 @@ def store(chunk: Chunk, tail: Tail, encoded: mx.array | None, centre: Centre | N
     if execute:
         _store_on_gpu(chunk, tail, centre, execute)
     else:
+        assert encoded is not None  # encode leaves nothing but to kernels
         tail.push(chunk.keys, chunk.values, [table.num_tokens for table in chunk.tables])
         chunk.pool.write(chunk.room(), encoded)
         # Or they would keep the whole chunk's keys and values until the model is through.
@@ -118,13 +119,13 @@ def store(chunk: Chunk, tail: Tail, encoded: mx.array | None, centre: Centre | N
 
 def _store_on_gpu(chunk: Chunk, tail: Tail, centre: Centre | None, execute: Executor) -> None:
     pool, layout = chunk.pool, chunk.pool.layout
-    tail.prepare(chunk.keys, chunk.values)
+    rings = tail.prepare(chunk.keys, chunk.values)
     starts = _starts(*chunk.offsets, *(table.num_tokens for table in chunk.tables))
     where = places(chunk.room(), pool.num_kv_heads, layout)
-    pool.pages, *arrays = _compiled_store(layout, centre, chunk.uncentred, execute)(
-        chunk.keys, chunk.values, pool.pages, *tail.arrays, starts, *where
+    pool.pages, keys, values = _compiled_store(layout, centre, chunk.uncentred, execute)(
+        chunk.keys, chunk.values, pool.pages, *rings, starts, *where
     )
-    tail.hold(tuple(arrays), chunk.length)
+    tail.hold((keys, values), chunk.length)
 
 
 @lru_cache(maxsize=32)
@@ -169,12 +170,26 @@ def _encode_centred(
 def _compiled_store(
     layout: PageLayout, centre: Centre | None, uncentred: int, execute: Executor
 ) -> Callable[..., tuple[mx.array, ...]]:
-    def store(keys, values, pages, tail_keys, tail_values, starts, *where):
-        options = {"centre": centre, "uncentred": uncentred, "execute": execute}
-        rows, *arrays = encode_kernel.store(
-            keys, values, (tail_keys, tail_values), layout, starts=starts, **options
+    def store(
+        keys: mx.array,
+        values: mx.array,
+        pages: mx.array,
+        tail_keys: mx.array,
+        tail_values: mx.array,
+        starts: mx.array,
+        *where: mx.array,
+    ) -> tuple[mx.array, ...]:
+        rows, *rings = encode_kernel.store(
+            keys,
+            values,
+            (tail_keys, tail_values),
+            layout,
+            starts=starts,
+            centre=centre,
+            uncentred=uncentred,
+            execute=execute,
         )
-        return scatter(pages, rows, *where), *arrays
+        return scatter(pages, rows, *where), *rings
 
     return mx.compile(store)
 
@@ -187,8 +202,16 @@ def _compiled_decode(
     centre: Centre | None,
     execute: Executor,
 ) -> Callable[..., mx.array]:
-    def decode(queries, pages, block_table, lengths, tail_keys, tail_values, sinks):
-        tail = tail_keys, tail_values
+    def decode(
+        queries: mx.array,
+        pages: mx.array,
+        block_table: mx.array,
+        lengths: mx.array,
+        tail_keys: mx.array,
+        tail_values: mx.array,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        dtype = queries.dtype
         return decode_kernel.decode(
             queries,
             pages,
@@ -196,7 +219,7 @@ def _compiled_decode(
             lengths,
             layout,
             options,
-            tail=tuple(x.astype(queries.dtype) for x in tail),
+            tail=(tail_keys.astype(dtype), tail_values.astype(dtype)),
             sinks=sinks,
             centre=centre,
             max_tokens=max_tokens,
@@ -241,8 +264,8 @@ def attend_last(
     pool, rows = tables[0].pool, queries.shape[2]
     past = [table.num_tokens - n for table, n in zip(tables, tail.lengths, strict=True)]
     execute = executor(pool.layout)
-    served = execute and _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS
-    if not served or not max(past):
+    served = _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS
+    if not execute or not served or not tail.arrays or not max(past):
         return None
     # A power of two, so that a growing context seldom asks for another compiled function.
     max_tokens = 1 << (max(past) - 1).bit_length()
@@ -354,9 +377,10 @@ def _read(
         pages = pool.read(blocks[start // size : -(-(start + count) // size)])
         positions = mx.arange(start + shift, start + shift + count)
         if execute:
-            some = (x[0, :, start : start + count] for x in past)
-            flags = (x.flatten(1)[:, :count] for x in codec.flags(pages, layout))
-            parts = codec.add_means(*some, *flags, centre, positions)
+            keys, values = (x[0, :, start : start + count] for x in past)
+            f, g = (x.flatten(1)[:, :count] for x in codec.flags(pages, layout))
+            assert centre  # without one all is done
+            parts = codec.add_means(keys, values, f, g, centre, positions)
         else:
             slots = mx.arange(start + shift, start + shift + pages.shape[1] * size)
             decoded = codec.decode(pages, layout, centre, slots)

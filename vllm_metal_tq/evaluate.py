@@ -12,7 +12,7 @@ the pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -24,11 +24,10 @@ from .calibration import Calibration
 from .config import TurboQuantConfig
 from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
 from .tail import TAIL
+from .types import MakeCaches, Progress, PromptCache
 
 CHUNK = 128
 KEPT_BITS = 16  # an element of the tail, in bf16
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Method:
     family: str
     name: str
     bits: float
-    caches: Callable[[nn.Module], list]
+    caches: MakeCaches
 
 
 OURS = "vllm-metal-tq"
@@ -102,7 +101,7 @@ def compressed(
         ValueError: no layer of the model can be compressed.
     """
 
-    def caches(model: nn.Module) -> list:
+    def caches(model: nn.Module) -> PromptCache:
         made = make_prompt_cache(model, config, calibration=calibration)
         return as_decoding(made, TAIL if tail else 1)
 
@@ -112,18 +111,18 @@ def compressed(
     return Method(OURS, config.label, pages + KEPT_BITS * min(TAIL / window, 1), caches)
 
 
-def as_decoding(caches: list, raw_window: int = TAIL) -> list:
+def as_decoding(caches: PromptCache, raw_window: int = TAIL) -> PromptCache:
     """``caches``, of which ours now show a chunk's tokens what decoding them would have shown."""
     for cache in _ours(caches):
         cache.sequences.raw_window = raw_window
     return caches
 
 
-def _ours(caches: list) -> list[TurboQuantKVCache]:
+def _ours(caches: PromptCache) -> list[TurboQuantKVCache]:
     return [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
 
 
-def _page_bits(caches: list) -> float:
+def _page_bits(caches: PromptCache) -> float:
     found = [cache.layout.bits_per_element for cache in _ours(caches)]
     if not found:
         raise ValueError("no layer of this model can be compressed")
@@ -193,7 +192,7 @@ def measure(
     first, done = window // 2, 0
     total = sum(len(piece) - 1 for piece in pieces) * (1 + len(methods))
 
-    def logits(piece: list[int], caches: list) -> Iterator[mx.array]:
+    def logits(piece: list[int], caches: PromptCache) -> Iterator[mx.array]:
         """Logits ``(n, vocab)`` of each chunk's scored positions."""
         nonlocal done
         inputs = piece[:-1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache as make_dense_cache
 
 from .completion import complete
+from .types import MakeCaches, Progress, Tokenizer
 
 STOP = "\n\nQuestion:"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -98,14 +98,14 @@ def final_number(text: str) -> float | None:
 
 def solve(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     problems: list[Problem],
-    caches: Callable[[nn.Module], list],
+    caches: MakeCaches,
     *,
     questions: int = 20,
     shots: int = 5,
     max_tokens: int = 256,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Answer]:
     """Ask ``questions`` problems, after ``shots`` others as examples.
 
@@ -141,8 +141,9 @@ def solve(
         for make in (caches, make_dense_cache):
             texts.append(complete(model, tokenizer, prompt, make(model), max_tokens, STOP))
             progress(len(texts) + 2 * i, 2 * len(asked))
-        numbers = map(final_number, texts)
-        answers.append(Answer(problem.number, *numbers, same_text=texts[0] == texts[1]))
+        ours, theirs = texts
+        numbers = final_number(ours), final_number(theirs)
+        answers.append(Answer(problem.number, *numbers, same_text=ours == theirs))
     return answers
 
 

@@ -24,12 +24,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from .config import TurboQuantConfig
 from .rotation import rotated_dim
+
+Array = TypeVar("Array", mx.array, np.ndarray)
 
 PLANE_BITS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Code width -> widths of its planes, from the code's low bits to its high bits."""
@@ -51,14 +54,14 @@ class PageLayout:
     config: TurboQuantConfig
     head_dim: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rotated_dim(self.head_dim)  # refuses what cannot be rotated
 
     @cached_property
     def _hash(self) -> int:
         return hash((self.config, self.head_dim))
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash  # computed once, because every layer of every step looks layouts up
 
     @cached_property
@@ -101,7 +104,7 @@ class PageLayout:
         """Bytes that the same block takes uncompressed, as bf16 keys and values."""
         return 2 * 2 * self.head_dim * self.config.block_size
 
-    def split(self, pages):
+    def split(self, pages: Array) -> list[Array]:
         """Take pages apart; the one statement of where bytes lie.
 
         Args:
@@ -115,10 +118,11 @@ class PageLayout:
         scales = pages[..., self.code_bytes * block_size :]
         shape = pages.shape[:-1]
         codes = codes.reshape(*shape, block_size // SUB_BLOCK, SUB_BLOCK * self.code_bytes)
-        parts, start = [], 0
+        parts: list[list[Array]] = []
+        start = 0
         for number, bits in enumerate(self.planes):
             in_tokens = _key_unit if number < len(PLANE_BITS[self.config.k_bits]) else _value_unit
-            units = []
+            units: list[Array] = []
             for dims in self._units:
                 end = start + SUB_BLOCK * dims * bits // 8
                 unit = in_tokens(codes[..., start:end], bits, dims, self.dim)
@@ -126,8 +130,9 @@ class PageLayout:
                 start = end
             parts.append(units)
         concatenate = np.concatenate if isinstance(pages, np.ndarray) else mx.concatenate
-        planes = [concatenate(units, axis=-1) if units[1:] else units[0] for units in parts]
-        return [*planes, scales.reshape(*shape, block_size, SCALE_BYTES)]
+        split = [concatenate(units, axis=-1) if units[1:] else units[0] for units in parts]
+        split.append(scales.reshape(*shape, block_size, SCALE_BYTES))
+        return split
 
     @property
     def _units(self) -> list[int]:
@@ -140,7 +145,7 @@ class PageLayout:
         return np.concatenate(self.split(offsets), axis=-1)
 
 
-def _key_unit(unit, bits: int, dims: int, dim: int):
+def _key_unit(unit: Array, bits: int, dims: int, dim: int) -> Array:
     """Bytes ``(..., n)`` of a unit of keys, with tokens and their bytes in order."""
     lane_dims = 16 if dim <= 64 or bits == 8 else 32
     half = lane_dims // 2 * bits // 8
@@ -149,7 +154,7 @@ def _key_unit(unit, bits: int, dims: int, dim: int):
     return unit.reshape(shape).swapaxes(-3, -2)
 
 
-def _value_unit(unit, bits: int, dims: int, dim: int):
+def _value_unit(unit: Array, bits: int, dims: int, dim: int) -> Array:
     """Bytes ``(..., n)`` of a unit of values, with tokens and their bytes in order."""
     lane_dims = 8 if dim <= 64 else 16
     size, lanes = lane_dims * bits // 8, dims // lane_dims
@@ -160,11 +165,11 @@ def _value_unit(unit, bits: int, dims: int, dim: int):
     apart, together = (2, 1) if size >= 8 else (1, 2)
     loads = max(size // 8, 1)
     words = size // 2 // loads
-    shape = (*lead, apart, loads, lanes, 4, together, words, 2, 2)
-    return _transposed(unit.reshape(shape), (0, 4, 3, 6, 2, 1, 5, 7))
+    parts = unit.reshape(*lead, apart, loads, lanes, 4, together, words, 2, 2)
+    return _transposed(parts, (0, 4, 3, 6, 2, 1, 5, 7))
 
 
-def _transposed(x, axes: tuple[int, ...]):
+def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
     """Permute the last ``len(axes)`` axes."""
-    lead = x.ndim - len(axes)
-    return x.transpose(*range(lead), *(lead + axis for axis in axes))
+    first = x.ndim - len(axes)
+    return x.transpose(*range(first), *(first + axis for axis in axes))

@@ -6,7 +6,6 @@ small model that follows no instructions can still continue. Both caches answer 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.nn as nn
@@ -14,6 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache as make_dense_cache
 
 from .completion import complete
+from .types import MakeCaches, Progress, Tokenizer
 
 FACT = "\n\nThe secret number of {city} is {number}.\n\n"
 QUESTION = (
@@ -53,14 +53,14 @@ class Trial:
 
 def retrieve(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     token_ids: list[int],
-    caches: Callable[[nn.Module], list],
+    caches: MakeCaches,
     *,
     context: int = 1024,
     depths: int = 10,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Trial]:
     """Ask once for each depth.
 
@@ -95,7 +95,12 @@ def retrieve(
 
 
 def hide(
-    tokenizer, token_ids: list[int], city: str, number: str, context: int, depth: float
+    tokenizer: Tokenizer,
+    token_ids: list[int],
+    city: str,
+    number: str,
+    context: int,
+    depth: float,
 ) -> list[int]:
     """A prompt of ``context`` tokens: the text with the fact after a sentence, and the question."""
     fact = tokenizer.encode(FACT.format(city=city, number=number), add_special_tokens=False)

@@ -256,7 +256,7 @@ class BlockTable:
         self.hold([], 0)
         pool.tables.add(self)
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.pool.drop(self.blocks, self._numbering)
 
     @property

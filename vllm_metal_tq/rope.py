@@ -96,7 +96,8 @@ def _pairs(reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _follow(angles: np.ndarray) -> np.ndarray:
     """Radians per position of each pair, from its angles ``(k, pairs)`` at positions 2^k."""
     whole = angles[0]
-    rate, near = whole.copy(), np.ones(len(whole), bool)
+    rate: np.ndarray = whole.copy()
+    near = np.ones(len(whole), bool)
     for k, angle in enumerate(angles[1:], start=1):
         off = np.mod(angle - 2 * whole + math.pi, TWO_PI) - math.pi
         whole = 2 * whole + off

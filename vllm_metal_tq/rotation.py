@@ -35,10 +35,10 @@ def rotated_dim(head_dim: int) -> int:
     return next(size for size in range(first, 2 * first + 1, 32) if hadamard_factor(size))
 
 
-def hadamard_factor(size: int) -> int | None:
-    """The m of ``size = m * 2^k`` for which MLX has a Hadamard matrix, or None."""
+def hadamard_factor(size: int) -> int:
+    """The m of ``size = m * 2^k`` for which MLX has a Hadamard matrix, or 0."""
     factors = (m for m in _HADAMARD_FACTORS if size % m == 0)
-    return next((m for m in factors if (size // m) & (size // m - 1) == 0), None)
+    return next((m for m in factors if (size // m) & (size // m - 1) == 0), 0)
 
 
 @lru_cache

@@ -214,7 +214,6 @@ class Sequences:
         """
         length, counts = queries.shape[2], self._counts()
         shifts = [o - n for o, n in zip(self.offsets, self.lengths, strict=True)]
-        options = {"scale": scale, "sinks": sinks, "centre": self.centre}
         if counts == [length] * len(self) and not self._sees_chunk(length):
             attended = dispatch.attend_last(
                 queries,
@@ -222,17 +221,19 @@ class Sequences:
                 self.tail,
                 self.block_table,
                 shifts,
+                scale=scale,
                 mask=mask,
+                sinks=sinks,
+                centre=self.centre,
                 window=window,
-                **options,
             )
             if attended is not None:
                 return attended
         outputs = []
         for i, some in enumerate(self._columns):
-            parts = [x[i : i + 1, :, some] for x in (queries, keys, values)]
+            q, k, v = (x[i : i + 1, :, some] for x in (queries, keys, values))
             own = self._own_mask(mask, i, length)
-            output = self._attend_alone(i, *parts, own, window, options | {"shift": shifts[i]})
+            output = self._attend_alone(i, q, k, v, own, window, scale, sinks, shifts[i])
             around = [(0, 0), (0, 0), (some.start, length - some.start - counts[i]), (0, 0)]
             outputs.append(mx.pad(output, around) if counts[i] < length else output)
         return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
@@ -249,7 +250,16 @@ class Sequences:
         return mx.concatenate([past, mask[..., some, chunk:][..., some]], axis=-1)
 
     def _attend_alone(
-        self, which: int, queries, keys, values, mask, window: int, options: dict
+        self,
+        which: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: attention.Mask,
+        window: int,
+        scale: float,
+        sinks: mx.array | None,
+        shift: int,
     ) -> mx.array:
         """Attend from the tokens of one sequence in the chunk."""
         length, table = keys.shape[2], self.tables[which]
@@ -266,7 +276,7 @@ class Sequences:
             first = max(table.num_tokens - length + 1 - window, 0)  # that anybody sees
             unseen = first // size * size if first < past_length else past_length
             blocks, past_length = blocks[unseen // size :], past_length - unseen
-            options["shift"] += unseen
+            shift += unseen
             mask = attention.window_mask(length, past_length + keys.shape[2], window)
         if self.raw_window is not None:
             mask = attention.decode_mask(
@@ -274,7 +284,17 @@ class Sequences:
             )
             past_length = table.num_tokens
         return dispatch.attend(
-            queries, keys, values, self.pool, blocks, past_length, mask=mask, **options
+            queries,
+            keys,
+            values,
+            self.pool,
+            blocks,
+            past_length,
+            scale=scale,
+            mask=mask,
+            sinks=sinks,
+            centre=self.centre,
+            shift=shift,
         )
 
     @property

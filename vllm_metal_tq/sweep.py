@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import mlx.nn as nn
 
-from .evaluate import OURS, Method, Progress, Quality
+from .evaluate import OURS, Method, Quality
 from .evaluate import measure as measure_quality
+from .types import Progress
 
 PAIRS = (
     *((2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4), (5, 4), (5, 5), (6, 4), (6, 5), (6, 6)),
@@ -35,7 +37,7 @@ class Point:
         """Mean KL divergence from the uncompressed run, in nats."""
         return self.quality.kl_mean
 
-    def fields(self) -> dict:
+    def fields(self) -> dict[str, Any]:
         """The point as JSON states it."""
         figures = asdict(self.quality) | {"dppl_percent": self.quality.dppl_percent}
         return {"family": self.family, "name": self.name} | figures

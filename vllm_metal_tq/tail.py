@@ -14,6 +14,9 @@ import numpy as np
 TAIL = 32  # tokens
 FEW = 8  # tokens of a chunk that decoding kernels take, and that can be trimmed without a loss
 
+Rings = tuple[mx.array, mx.array]
+"""Keys and values, ``(B, num_kv_heads, TAIL, head_dim)`` each."""
+
 
 class Tail:
     """Rings of keys and values, one a sequence; the token of index i lies in slot i mod ``TAIL``.
@@ -25,9 +28,9 @@ class Tail:
     """
 
     def __init__(self, count: int = 1):
-        self.arrays: tuple[mx.array, mx.array] | None = None
+        self.arrays: Rings | None = None
         self.lengths = [0] * count
-        self._undo: tuple[tuple, list[int], int] | None = None  # what it was, how many came then
+        self._undo: tuple[Rings, list[int], int] | None = None  # what it was, how many came then
 
     @property
     def nbytes(self) -> int:
@@ -36,21 +39,22 @@ class Tail:
 
     def push(self, keys: mx.array, values: mx.array, starts: Sequence[int]) -> None:
         """Take up new tokens, ``(B, num_kv_heads, L, head_dim)``, from these sequence indices."""
-        new = keys, values
-        self.prepare(*new)
+        old_keys, old_values = self.prepare(keys, values)
         source = sources(tuple(starts), keys.shape[2])
-        self.hold(tuple(map(pushed, self.arrays, new, [source] * 2)), keys.shape[2])
+        rings = pushed(old_keys, keys, source), pushed(old_values, values, source)
+        self.hold(rings, keys.shape[2])
 
-    def prepare(self, keys: mx.array, values: mx.array) -> None:
-        """Allocate arrays that fit new tokens, where there are none."""
+    def prepare(self, keys: mx.array, values: mx.array) -> Rings:
+        """The arrays; where there are none, such as fit new tokens are allocated."""
         if self.arrays is None:
             shape = (*keys.shape[:2], TAIL, keys.shape[3])
             self.arrays = mx.zeros(shape, keys.dtype), mx.zeros(shape, values.dtype)
+        return self.arrays
 
-    def hold(self, arrays: tuple[mx.array, mx.array], new: int) -> None:
+    def hold(self, arrays: Rings, new: int) -> None:
         """Take over arrays to which ``new`` tokens of each sequence were added."""
         # Of a few tokens some may be trimmed soon: drafts that the model refuses.
-        self._undo = (self.arrays, self.lengths, new) if 1 < new <= FEW else None
+        self._undo = (self.arrays, self.lengths, new) if self.arrays and 1 < new <= FEW else None
         self.arrays, self.lengths = arrays, [min(n + new, TAIL) for n in self.lengths]
 
     def ordered(self, which: int, num_tokens: int) -> tuple[mx.array, ...]:
@@ -69,13 +73,14 @@ class Tail:
         Where those belong to the last chunk and it was of at most ``FEW`` tokens, what they took
         the place of comes back.
         """
-        if self._undo and count <= self._undo[2]:
+        if self._undo and self.arrays and count <= self._undo[2]:
             earlier, lengths, new = self._undo
             ages = (np.array(ends)[:, None] - 1 - np.arange(TAIL)) % TAIL  # of the slots' tokens
             gone = mx.array(ages < count)[:, None, :, None]
-            self.arrays = tuple(
+            keys, values = (
                 mx.where(gone, old, now) for old, now in zip(earlier, self.arrays, strict=True)
             )
+            self.arrays = keys, values
             self._undo = earlier, lengths, new - count
             self.lengths = [min(n + new - count, TAIL) for n in lengths]
         else:
@@ -97,11 +102,11 @@ class Tail:
         self._undo = None
         self.lengths[which] = min(self.lengths[which], remaining)
         if self.arrays and count % TAIL:
-            rolled = (mx.roll(x[which], -count, axis=1) for x in self.arrays)
-            self.arrays = tuple(
-                mx.concatenate([x[:which], new[None], x[which + 1 :]])
-                for x, new in zip(self.arrays, rolled, strict=True)
+            keys, values = (
+                mx.concatenate([x[:which], mx.roll(x[which], -count, 1)[None], x[which + 1 :]])
+                for x in self.arrays
             )
+            self.arrays = keys, values
 
     def take(self, which: Sequence[int]) -> Tail:
         """The rings of some sequences."""
@@ -109,11 +114,10 @@ class Tail:
         tail.lengths = [self.lengths[i] for i in which]
         if self.arrays:
             rows = mx.array(list(which), mx.int32)
-            tail.arrays = tuple(x[rows] for x in self.arrays)
+            tail.arrays = _rows(self.arrays, rows)
             if self._undo:
                 arrays, lengths, new = self._undo
-                kept = tuple(x[rows] for x in arrays)
-                tail._undo = kept, [lengths[i] for i in which], new
+                tail._undo = _rows(arrays, rows), [lengths[i] for i in which], new
         return tail
 
     @staticmethod
@@ -123,7 +127,7 @@ class Tail:
         tail.lengths = [n for other in tails for n in other.lengths]
         full = [other.arrays for other in tails if other.arrays]
         if full:
-            tail.arrays = tuple(
+            keys, values = (
                 mx.concatenate(
                     [
                         mx.zeros((len(other.lengths), *like.shape[1:]), like.dtype)
@@ -134,7 +138,14 @@ class Tail:
                 )
                 for i, like in enumerate(full[0])
             )
+            tail.arrays = keys, values
         return tail
+
+
+def _rows(rings: Rings, which: mx.array) -> Rings:
+    """The rings of some sequences."""
+    keys, values = rings
+    return keys[which], values[which]
 
 
 def pushed(ring: mx.array, new: mx.array, source: mx.array) -> mx.array:

@@ -21,6 +21,7 @@ FUNCTIONS = 16  # of each parity, that fragments hold
 FOLDED = 4  # of each parity, that the slow pairs become for plain multiply-adds
 TOLERANCE = 5e-7  # of a cosine or sine as a sum of functions; float32 itself gives 1e-7
 LAYERS = 512  # that are kept
+Basis = tuple[np.ndarray, np.ndarray, float]
 _EMPTY = 8  # elements of what is not read: MLX passes fewer than 8 in another address space
 
 
@@ -76,7 +77,7 @@ def fits(centre: Centre, dim: int, window: int) -> bool:
 @lru_cache
 def _fits(pairs: bytes, dim: int, window: int) -> bool:
     pairs = _padded(np.frombuffer(pairs, np.uint32), dim)
-    return max(error for *_, error in _bases(pairs, window, FUNCTIONS)) <= TOLERANCE
+    return max(error for _, _, error in _bases(pairs, window, FUNCTIONS)) <= TOLERANCE
 
 
 @lru_cache
@@ -93,7 +94,7 @@ def _rows(pairs: bytes, dim: int, window: int) -> tuple[mx.array, int]:
     pairs = _padded(np.frombuffer(pairs, np.uint32), dim)
     for turned in range(0, len(pairs) + 1, 4):
         bases = _bases(pairs[turned:], window, FOLDED)
-        if max(error for *_, error in bases) <= TOLERANCE:
+        if max(error for _, _, error in bases) <= TOLERANCE:
             break
     weights = [weights for _, weights, _ in bases]
     own = (np.cos, np.sin)
@@ -124,7 +125,7 @@ def _distances(pairs: np.ndarray, window: int) -> np.ndarray:
     return np.outer(np.arange(window // 2) + 0.5, _angles(pairs[:, 2]))
 
 
-def _bases(pairs: np.ndarray, window: int, count: int) -> list[tuple]:
+def _bases(pairs: np.ndarray, window: int, count: int) -> list[Basis]:
     """For cosines, then sines: functions, weights and the largest error of a pair's own.
 
     Functions are ``(window / 2, count)``, weights ``(count, pairs)``, both float64 of about unit
@@ -133,7 +134,7 @@ def _bases(pairs: np.ndarray, window: int, count: int) -> list[tuple]:
     return [_basis(f(_distances(pairs, window)), count) for f in (np.cos, np.sin)]
 
 
-def _basis(wanted: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _basis(wanted: np.ndarray, count: int) -> Basis:
     functions = np.zeros((len(wanted), count))
     weights = np.zeros((count, wanted.shape[1]))
     left, sizes, right = np.linalg.svd(wanted, full_matrices=False)

@@ -12,7 +12,7 @@ from ..centre import Centre
 from ..codebook import value_codebook
 from ..layout import PLANE_BITS, PageLayout
 from ..rotation import hadamard_factor, signs
-from ..tail import TAIL
+from ..tail import TAIL, Rings
 from . import centre as tables
 from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
@@ -58,7 +58,7 @@ def decode(
     layout: PageLayout,
     options: Options,
     *,
-    tail: tuple[mx.array, mx.array] | None = None,
+    tail: Rings | None = None,
     sinks: mx.array | None = None,
     centre: Centre | None = None,
     max_tokens: int,
@@ -100,7 +100,15 @@ def decode(
 
 
 def _decode_launch(
-    queries, pages, block_table, lengths, layout, options, centre, max_tokens, variant
+    queries: mx.array,
+    pages: mx.array,
+    block_table: mx.array,
+    lengths: mx.array,
+    layout: PageLayout,
+    options: Options,
+    centre: Centre | None,
+    max_tokens: int,
+    variant: str | None,
 ) -> Launch:
     """What the pages give: float32 ``(B, num_heads, L, splits, dim + 2 + CENTRE)``."""
     (batch, num_heads, rows, head_dim), num_kv_heads = queries.shape, pages.shape[1]
@@ -145,7 +153,15 @@ def _decode_launch(
 
 
 def _merge_launch(
-    partial, queries, lengths, layout, options, centre, num_kv_heads, tail, sinks
+    partial: mx.array,
+    queries: mx.array,
+    lengths: mx.array,
+    layout: PageLayout,
+    options: Options,
+    centre: Centre | None,
+    num_kv_heads: int,
+    tail: Rings | None,
+    sinks: mx.array | None,
 ) -> Launch:
     """Splits and tail together, rotated back: the shape and dtype of ``queries``."""
     (batch, num_heads, rows, head_dim), splits = queries.shape, partial.shape[3]
@@ -173,7 +189,9 @@ def _merge_launch(
     )
 
 
-def _template(queries, layout: PageLayout, options: Options, centre: Centre | None) -> dict:
+def _template(
+    queries: mx.array, layout: PageLayout, options: Options, centre: Centre | None
+) -> dict[str, int | mx.Dtype]:
     """The constants of both launches."""
     dim = layout.dim
     return {
@@ -196,7 +214,7 @@ class _Centring:
 
 
 def _centring(
-    centre, variant: str, width: int, dim: int, simdgroups: int, tokens: int
+    centre: Centre | None, variant: str, width: int, dim: int, simdgroups: int, tokens: int
 ) -> _Centring:
     """For threadgroups of so many SIMD-groups, each of which attends to so many tokens."""
     if centre is None:

@@ -32,17 +32,26 @@ def encode(
     execute: Executor = on_gpu,
     *,
     start: mx.array | None = None,
-    **centring,
+    centre: Centre | None = None,
+    uncentred: int = 0,
 ) -> mx.array:
     """Compress tokens of one sequence, ``(num_kv_heads, L, head_dim)``: ``store`` without a tail.
 
     Args and result are those of ``store``, less the first dimension.
     """
     heads, _, head_dim = keys.shape
-    tail = (mx.zeros((1, heads, TAIL, head_dim), keys.dtype),) * 2
-    starts = None if start is None else start[None]
-    new = keys[None], values[None]
-    return store(*new, tail, layout, starts=starts, execute=execute, **centring)[0][0]
+    ring = mx.zeros((1, heads, TAIL, head_dim), keys.dtype)
+    rows, _, _ = store(
+        keys[None],
+        values[None],
+        (ring, ring),
+        layout,
+        starts=None if start is None else start[None],
+        centre=centre,
+        uncentred=uncentred,
+        execute=execute,
+    )
+    return rows[0]
 
 
 def store(
@@ -133,7 +142,8 @@ def store(
         grid=(groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
     )
-    return tuple(execute(launch))
+    rows, next_keys, next_values = execute(launch)
+    return rows, next_keys, next_values
 
 
 def _share(dim: int, count: int) -> int:

@@ -72,7 +72,7 @@ def gather(
 
 def plane_constants(layout: PageLayout) -> dict[str, int]:
     """Widths of the planes and where they begin in a row, by the names of the kernel."""
-    constants = {}
+    constants: dict[str, int] = {}
     starts = [0, *accumulate(layout.plane_bytes)]
     number = 0
     for name, bits in (("K", layout.config.k_bits), ("V", layout.config.v_bits)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -46,7 +47,7 @@ class Launch:
     def call(self, dialect: str, *inputs: mx.array, verbose: bool = False) -> list[mx.array]:
         """Run it on ``inputs`` in place of its own, through MLX's ``metal`` or ``cuda``."""
         kernel = _compiled(self.kernel, tuple(self.inputs), tuple(self.outputs), dialect)
-        return kernel(
+        outputs: list[mx.array] = kernel(
             inputs=list(inputs),
             template=list(self.template.items()),
             output_shapes=[shape for shape, _ in self.outputs.values()],
@@ -55,6 +56,7 @@ class Launch:
             threadgroup=self.threadgroup,
             verbose=verbose,
         )
+        return outputs
 
 
 Executor = Callable[[Launch], list[mx.array]]
@@ -83,14 +85,17 @@ def numbers(*values: float) -> mx.array:
 
 
 @lru_cache
-def _compiled(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], dialect: str):
+def _compiled(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], dialect: str
+) -> Callable[..., Any]:
     texts = {"header": header(name, dialect), "source": _source(f"{name}.metal", dialect)}
-    build = mx.fast.metal_kernel
+    build: Callable[..., Any] = mx.fast.metal_kernel
     if dialect == "cuda":
         build = mx.fast.cuda_kernel
         texts = {part: _by_reference(text) for part, text in texts.items()}
     names = {"input_names": list(inputs), "output_names": list(outputs)}
-    return build(name=f"tq_{name}", **names, **texts)
+    kernel: Callable[..., Any] = build(name=f"tq_{name}", **names, **texts)
+    return kernel
 
 
 def _by_reference(text: str) -> str:

@@ -15,7 +15,8 @@ from ..centre import TURN, TWO_PI, Centre
 from ..layout import PageLayout
 from ..pages import PagePool
 from ..rotation import rotate, unrotate
-from .decode import TAIL, Options, decode
+from ..tail import TAIL, Rings
+from .decode import Options, decode
 from .encode import encode
 from .gather import gather
 from .launch import Executor, on_gpu
@@ -85,7 +86,9 @@ def check(
     return checks
 
 
-def _check_attention(case: _Case, execute: Executor, variants, more: str) -> list[Check]:
+def _check_attention(
+    case: _Case, execute: Executor, variants: Sequence[str], more: str
+) -> list[Check]:
     bound = DECODE_BOUND + ROUNDING[case.dtype]
     return [
         *(
@@ -128,7 +131,7 @@ class _Case:
         self.layout, self.dtype, self.centre = layout, dtype, centre
         rng = np.random.default_rng(0)
 
-        def random(*shape):
+        def random(*shape: int) -> mx.array:
             return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
 
         shape = (KV_HEADS, sum(LENGTHS), layout.head_dim)
@@ -182,13 +185,20 @@ class _Case:
 
     def decode_error(self, execute: Executor, variant: str) -> float:
         """Error of attention over pages alone."""
-        return self._attention_error(execute, variant, 0, tail=None, sinks=None)
+        return self._attention_error(execute, variant, 0, None, None)
 
     def merge_error(self, execute: Executor) -> float:
         """Error of attention over pages, a tail and sinks."""
-        return self._attention_error(execute, "mma", NOT_IN_PAGES, tail=self.tail, sinks=self.sinks)
+        return self._attention_error(execute, "mma", NOT_IN_PAGES, self.tail, self.sinks)
 
-    def _attention_error(self, execute: Executor, variant: str, tail_size: int, **more) -> float:
+    def _attention_error(
+        self,
+        execute: Executor,
+        variant: str,
+        tail_size: int,
+        tail: Rings | None,
+        sinks: mx.array | None,
+    ) -> float:
         scale = self.layout.head_dim**-0.5
         got = decode(
             self.queries,
@@ -201,11 +211,12 @@ class _Case:
             max_tokens=MAX_TOKENS,
             variant=variant,
             execute=execute,
-            **more,
+            tail=tail,
+            sinks=sinks,
         )
-        return _worst(got, self._attended(scale, **more))
+        return _worst(got, self._attended(scale, tail, sinks))
 
-    def _attended(self, scale: float, tail, sinks) -> mx.array:
+    def _attended(self, scale: float, tail: Rings | None, sinks: mx.array | None) -> mx.array:
         """Softmax attention in float32, sequence by sequence."""
         attended, start = [], 0
         with mx.stream(mx.cpu):
@@ -240,11 +251,12 @@ def _decoded(
     num_tokens = rows.shape[1]
     blocks = np.arange(-(-num_tokens // layout.config.block_size))
     pages = _written(rows, layout, np.arange(num_tokens), len(blocks)).swapaxes(0, 1)
-    if centre:
+    if positions is not None:
         unused = len(blocks) * layout.config.block_size - num_tokens
         positions = mx.pad(positions, (0, unused))
     parts = codec.decode(pages, layout, centre, positions)
-    return tuple(x.flatten(1, 2)[:, :num_tokens] for x in parts)
+    keys, values = (x.flatten(1, 2)[:, :num_tokens] for x in parts)
+    return keys, values
 
 
 def _pages(rows: mx.array, layout: PageLayout, blocks: list[np.ndarray]) -> mx.array:
@@ -275,4 +287,5 @@ def _worst(got: mx.array, want: mx.array) -> float:
 
 
 def _relative(difference: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(difference, axis=-1) / np.linalg.norm(whole, axis=-1)
+    ratio: np.ndarray = np.linalg.norm(difference, axis=-1) / np.linalg.norm(whole, axis=-1)
+    return ratio

@@ -67,9 +67,10 @@ _MESSAGE = re.compile(r"(\S+?):\d+:\d+: (?:fatal )?(error|warning|note): (.*)")
 def _messages(stderr: str, kind: str) -> list[str]:
     """Clang's messages of a kind, with the line of the kernel that they are about."""
     messages = []
-    rows = [row for row in stderr.splitlines() if _MESSAGE.match(row)]
-    for number, row in enumerate(rows):
-        _, its_kind, what = _MESSAGE.match(row).groups()
+    found = [match for row in stderr.splitlines() if (match := _MESSAGE.match(row))]
+    rows = [match.string for match in found]
+    for number, match in enumerate(found):
+        _, its_kind, what = match.groups()
         if its_kind != kind:
             continue
         # For a message about stdlib.h, a note behind it says which line of the kernel led there.
@@ -191,8 +192,9 @@ def _nodes(dump: str) -> Iterator[_Node]:
         if not match:
             continue
         # A place that repeats the file, or the line too, of the place before leaves it out.
-        if ":" in match[5]:
-            for file, number in _PLACE.findall(_PLACES.match(match[5])[0]):
+        places = _PLACES.match(match[5])
+        if places and ":" in match[5]:
+            for file, number in _PLACE.findall(places[0]):
                 line = int(number)
                 if file != "line":
                     in_kernel = file.endswith("kernel.cpp")
@@ -217,9 +219,10 @@ class _Calls:
 
     def recursive(self) -> Iterator[str]:
         """Functions that come to call themselves."""
-        done, active = set(), set()
+        done: set[str] = set()
+        active: set[str] = set()
 
-        def visit(function):
+        def visit(function: str) -> Iterator[str]:
             active.add(function)
             for callee in self.callees.get(function, ()):
                 callee = self.first.get(callee, callee)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 OLDEST_CLANG = 19
@@ -88,7 +89,7 @@ def why_not_simulate() -> str | None:
     try:
         mx.fast.metal_kernel(name="any", input_names=["x"], output_names=["y"], source="")
     except RuntimeError:
-        return f"MLX {mx.__version__} generates no Metal text on this machine: 0.32 or newer does"
+        return f"MLX {version('mlx')} generates no Metal text on this machine: 0.32 or newer does"
     return None
 
 
@@ -100,7 +101,9 @@ def linker() -> list[str]:
     return [*command, "-shared", "-nostdlib", "-Wl,-Bsymbolic"]
 
 
-def compile_kernel(source: str, options: list[str], folder: Path) -> subprocess.CompletedProcess:
+def compile_kernel(
+    source: str, options: list[str], folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Start clang on a source, with ``stdlib.h`` in front, in a folder of ``new_folder``."""
     (folder / "kernel.cpp").write_text(f'#include "stdlib.h"\n#line 1\n{source}')
     command = [*clang(), *_ALWAYS, *options, "kernel.cpp"]
@@ -117,5 +120,5 @@ def new_folder() -> Path:
 
 
 @functools.cache
-def _root() -> tempfile.TemporaryDirectory:
+def _root() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="vllm-metal-tq-msl-")

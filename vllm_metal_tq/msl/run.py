@@ -1,5 +1,7 @@
 """Runs a kernel on simulated SIMD-groups and finds what a GPU would silently get wrong."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import os
@@ -56,7 +58,7 @@ def run(
     grid: Sequence[int],
     threadgroup: Sequence[int],
     strict: bool = True,
-    stats: dict | None = None,
+    stats: dict[str, int] | None = None,
     fast_math: bool = False,
 ) -> list[np.ndarray]:
     """Run a kernel and find its faults.
@@ -132,7 +134,14 @@ class _Kernel:
     library: ctypes.CDLL
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def start(self, buffers, grid, threadgroup, strict, stats) -> None:
+    def start(
+        self,
+        buffers: Sequence[_Buffer],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        strict: bool,
+        stats: dict[str, int] | None,
+    ) -> None:
         table = (_BufferRecord * len(buffers))(*(buffer.record() for buffer in buffers))
         message, counts = ctypes.create_string_buffer(2048), (ctypes.c_uint64 * 2)()
         three = ctypes.c_uint32 * 3
@@ -268,7 +277,7 @@ class _Buffer:
         missing = np.flatnonzero(self.owner == 0)
         if missing.size:
             raise MetalError(
-                f"output {self.name}: {missing.size} of {self.owner.size} bytes never written, "
+                f"output {self.name}: {missing.size} of {self.bytes.size} bytes never written, "
                 f"first at byte {missing[0]}"
             )
         return self.bytes.copy().view(self.dtype).reshape(self.shape)

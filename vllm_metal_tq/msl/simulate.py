@@ -8,7 +8,7 @@ import numpy as np
 from vllm_metal_tq import msl
 from vllm_metal_tq.kernels.launch import Launch
 
-_texts: dict[tuple, str] = {}
+_texts: dict[tuple[object, ...], str] = {}
 
 
 def simulate(launch: Launch) -> list[mx.array]:

@@ -1,5 +1,7 @@
 """The text MLX generates for a custom kernel, and what the other rungs read from it."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import re
@@ -8,8 +10,12 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vllm_metal_tq.msl.compiler import MetalError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 _GENERATED = re.compile(r"Generated source code for `[^`]*`:\n```\n(.*?)\n```", re.S)
 _COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.S)
@@ -54,7 +60,7 @@ class Signature:
         return [p.name for p in self.parameters if p.is_buffer]
 
 
-def generated_text(call: Callable, *arrays) -> str:
+def generated_text(call: Callable[..., Any], *arrays: mx.array) -> str:
     """The Metal text that MLX generates for one kernel call, without running it.
 
     The sizes of the arrays matter: MLX passes inputs of fewer than 8 elements as ``constant``
@@ -68,13 +74,13 @@ def generated_text(call: Callable, *arrays) -> str:
     Raises:
         MetalError: If not exactly one kernel was generated.
     """
-    found = _GENERATED.findall(_printed_by_export(call, arrays))
+    found: list[str] = _GENERATED.findall(_printed_by_export(call, arrays))
     if len(found) != 1:
         raise MetalError(f"expected one generated kernel, found {len(found)} (is verbose=True?)")
     return found[0]
 
 
-def _printed_by_export(call: Callable, arrays: tuple) -> str:
+def _printed_by_export(call: Callable[..., Any], arrays: tuple[mx.array, ...]) -> str:
     """What the C++ code of MLX prints while it exports the call."""
     import mlx.core as mx
 
@@ -92,7 +98,7 @@ def _printed_by_export(call: Callable, arrays: tuple) -> str:
         return out.read().decode()
 
 
-def blank(match: re.Match) -> str:
+def blank(match: re.Match[str]) -> str:
     """Spaces in place of the match, so that lines and columns stay where they are."""
     return re.sub(r"[^\n]", " ", match[0])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Self, cast
 
 import mlx.core as mx
 import mlx_lm.models.cache as host
+import numpy as np
 
 from ...attention import Mask
 from ...centre import Centre
@@ -46,13 +48,13 @@ class TurboQuantKVCache(host._BaseCache):
         self.sequences = Sequences(pool, centre=centre, max_kv_size=max_kv_size)
 
     @classmethod
-    def of(cls, sequences: Sequences) -> TurboQuantKVCache:
+    def of(cls, sequences: Sequences) -> Self:
         """A cache that holds ``sequences``."""
         cache = cls.__new__(cls)
         cache.sequences = sequences
         return cache
 
-    def __deepcopy__(self, memo) -> TurboQuantKVCache:
+    def __deepcopy__(self, memo: object) -> TurboQuantKVCache:
         other = copy.copy(self)
         other.sequences = self.sequences.take(range(len(self.sequences)))
         return other
@@ -68,7 +70,7 @@ class TurboQuantKVCache(host._BaseCache):
         return self.pool.layout
 
     @property
-    def offset(self) -> int:
+    def offset(self) -> int | mx.array:
         """Tokens seen, which is the position of the next one."""
         return self.sequences.offsets[0]
 
@@ -98,10 +100,16 @@ class TurboQuantKVCache(host._BaseCache):
         """Attend from a chunk that was just stored; see ``Sequences.attend``."""
         return self.sequences.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
-    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):  # noqa: N803 (mlx_lm's name)
+    def make_mask(
+        self,
+        N: int,  # noqa: N803 (mlx_lm's name)
+        window_size: int | None = None,
+        return_array: bool = False,
+    ) -> Mask:
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""
         stored = max(self.sequences.stored_before(self._next_counts(N)))
-        return host.create_attention_mask(N, stored, return_array, window_size)
+        mask: Mask = host.create_attention_mask(N, stored, return_array, window_size)
+        return mask
 
     def _next_counts(self, length: int) -> list[int]:
         """Of each sequence, how many of the next ``length`` columns are tokens."""
@@ -141,7 +149,7 @@ class TurboQuantKVCache(host._BaseCache):
         """Bytes of the blocks and the tail, those of blocks that other caches share included."""
         return self.sequences.nbytes
 
-    def filter(self, batch_indices) -> None:
+    def filter(self, batch_indices: mx.array | Iterable[int]) -> None:
         """Keep only the sequences with these indices, in their order."""
         self.sequences.keep(_indices(batch_indices))
 
@@ -210,14 +218,14 @@ class TurboQuantKVCache(host._BaseCache):
         self.sequences = self.from_state(state).sequences
 
     @classmethod
-    def from_state(cls, state, meta_state=None) -> TurboQuantKVCache:
+    def from_state(cls, state: Sequence[mx.array], meta_state: object = None) -> TurboQuantKVCache:
         """Rebuild a cache from ``state``; mlx_lm before 0.32 passes an empty ``meta_state``.
 
         Raises:
             ValueError: ``state`` is of another version, or its parts contradict each other.
         """
         pages, header, *rest = state
-        version, *numbers = header.flatten().tolist()
+        version, *numbers = cast(list[int], header.flatten().tolist())
         if version != STATE_VERSION:
             raise ValueError(f"state version {version} is unknown: {STATE_VERSION} can be read")
         k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, offset, count = numbers[:8]
@@ -247,7 +255,7 @@ class TurboQuantKVCache(host._BaseCache):
         if centred:
             some.centre = Centre.from_arrays(rest[-4:], num_kv_heads, head_dim)
         if tail:
-            some.tail.arrays, some.tail.lengths = tuple(tail), [tail_length]
+            some.tail.arrays, some.tail.lengths = (tail[0], tail[1]), [tail_length]
         pool.adopt(pages, blocks)
         some.tables[0].hold(blocks, count)
         some.offsets = [offset]
@@ -269,7 +277,13 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
         left = self._left or [0] * len(self.sequences)
         return _positions(*(o - n for o, n in zip(self.sequences.offsets, left, strict=True)))
 
-    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
         """Announce padding of the chunks that follow, as mlx_lm's ``BatchKVCache`` takes it.
 
         Args:
@@ -282,7 +296,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
                 raise ValueError("left padding comes alone, and while nothing is stored")
             self._left = [int(n) for n in left_padding]
         if right_padding is not None and max(right_padding) > 0:
-            self._right = [int(n) for n in lengths]
+            self._right = [int(n) for n in lengths or ()]
 
     def finalize(self) -> None:
         """The padding that was announced has come."""
@@ -307,7 +321,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
     def _next_counts(self, length: int) -> list[int]:
         return [x.stop - x.start for x in self._next_columns(length)]
 
-    def filter(self, batch_indices) -> None:
+    def filter(self, batch_indices: mx.array | Iterable[int]) -> None:
         """Keep only the sequences with these indices, in their order."""
         which = _indices(batch_indices)
         self._left, self._right = (
@@ -326,8 +340,8 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
         self.sequences.extend(other.sequences)
 
 
-def _indices(batch_indices) -> list[int]:
-    given = batch_indices.tolist() if hasattr(batch_indices, "tolist") else batch_indices
+def _indices(batch_indices: mx.array | Iterable[int]) -> list[int]:
+    given = np.array(batch_indices) if isinstance(batch_indices, mx.array) else batch_indices
     return [int(i) for i in given]
 
 

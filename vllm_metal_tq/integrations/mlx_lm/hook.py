@@ -8,28 +8,45 @@ class, and calls the original, with the same arguments, for every other cache.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.base as base
 import mlx_lm.models.cache as host
 
+from ...attention import Mask
+from ...types import PromptCache
 from .cache import TurboQuantKVCache
 
 _NAME = "scaled_dot_product_attention"
 
-dense_attention = base.scaled_dot_product_attention
+Namespace = dict[str, Any]
+
+dense_attention: Callable[..., mx.array] = base.scaled_dot_product_attention
 """mlx_lm's own function, as it was before the hook."""
 
-_rebound: dict[int, dict] = {}  # by id, because a model's file may be no entry of sys.modules
-_watchers: list[list] = []
+Attended = tuple[mx.array, mx.array, mx.array, object]
+"""Queries, keys and values of an attention, and the cache or None."""
+
+_rebound: dict[int, Namespace] = {}  # by id: a model's file may be no entry of sys.modules
+_watchers: list[list[Attended]] = []
 
 
-def _attention(queries, keys, values, cache, scale, mask, sinks=None):
+def _attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: object,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None = None,
+) -> mx.array:
     for seen in _watchers:
         seen.append((queries, keys, values, cache))
-    attend = getattr(cache, "attend", None)
+    attend: Callable[..., mx.array] | None = getattr(cache, "attend", None)
     if attend is None:
         return dense_attention(queries, keys, values, cache, scale, mask, sinks)
     return attend(queries, keys, values, scale, mask, sinks)
@@ -45,7 +62,7 @@ def install(model: nn.Module) -> None:
         if namespace.get(_NAME) is dense_attention:
             namespace[_NAME] = _attention
             _rebound[id(namespace)] = namespace
-    host.TurboQuantKVCache = TurboQuantKVCache
+    vars(host)["TurboQuantKVCache"] = TurboQuantKVCache
 
 
 def uninstall() -> None:
@@ -58,9 +75,9 @@ def uninstall() -> None:
 
 
 @contextmanager
-def watched() -> Iterator[list]:
-    """The (queries, keys, values, cache) of every attention inside; the cache may be None."""
-    seen: list[tuple] = []
+def watched() -> Iterator[list[Attended]]:
+    """Every attention inside."""
+    seen: list[Attended] = []
     _watchers.append(seen)
     try:
         yield seen
@@ -68,21 +85,22 @@ def watched() -> Iterator[list]:
         _watchers.remove(seen)
 
 
-def host_caches(model: nn.Module, max_kv_size: int | None = None) -> list:
+def host_caches(model: nn.Module, max_kv_size: int | None = None) -> PromptCache:
     """The caches that mlx_lm itself makes for ``model``, whatever was attached to it."""
     attached = vars(model).pop("make_cache", None)
     try:
-        return host.make_prompt_cache(model, max_kv_size)
+        caches: PromptCache = host.make_prompt_cache(model, max_kv_size)
+        return caches
     finally:
         if attached is not None:
             model.make_cache = attached
 
 
-def _own(model: nn.Module) -> list[dict]:
+def _own(model: nn.Module) -> list[Namespace]:
     classes = {cls for _, module in model.named_modules() for cls in type(module).__mro__}
     methods = [method for cls in classes for method in vars(cls).values()]
     return [method.__globals__ for method in methods if hasattr(method, "__globals__")]
 
 
-def _loaded() -> list[dict]:
+def _loaded() -> list[Namespace]:
     return [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]

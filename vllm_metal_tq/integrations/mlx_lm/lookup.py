@@ -7,15 +7,18 @@ in one step, and what it refuses is trimmed, so that the tokens are those of pla
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...tail import FEW
+from ...types import Progress, PromptCache
 from .cache import TurboQuantKVCache
 
 MAX_DRAFT = FEW - 1  # with the token before them, drafts are a chunk that sees the tail
@@ -25,7 +28,7 @@ _LENGTHS = (3, 2)  # tokens that must repeat, the longest tried first
 class Seen:
     """A text, and what followed each of its n-grams the last time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
 
@@ -45,7 +48,7 @@ class Seen:
         return []
 
 
-def check_trimmable(prompt_cache: list) -> None:
+def check_trimmable(prompt_cache: PromptCache) -> None:
     """Check that a prompt cache can give back any of its last tokens, now and later.
 
     Raises:
@@ -59,7 +62,7 @@ def check_trimmable(prompt_cache: list) -> None:
         )
 
 
-def _gives_back(cache) -> bool:
+def _gives_back(cache: object) -> bool:
     if isinstance(cache, TurboQuantKVCache):
         return cache.sequences.max_kv_size is None
     return isinstance(cache, (host.KVCache, host.QuantizedKVCache))
@@ -68,14 +71,14 @@ def _gives_back(cache) -> bool:
 def lookup_generate_step(
     prompt: mx.array,
     model: nn.Module,
-    prompt_cache: list,
+    prompt_cache: PromptCache,
     *,
     num_draft_tokens: int = MAX_DRAFT,
     max_tokens: int = 256,
     sampler: Callable[[mx.array], mx.array] | None = None,
     prefill_step_size: int = 2048,
-    prompt_progress_callback: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[int, mx.array, bool]]:
+    prompt_progress_callback: Progress = lambda done, total: None,
+) -> Generator[tuple[int, mx.array, bool]]:
     """Generate tokens, as ``mlx_lm.generate.speculative_generate_step`` does.
 
     Args:
@@ -99,7 +102,7 @@ def lookup_generate_step(
         raise ValueError(f"{num_draft_tokens} draft tokens: 1 to {MAX_DRAFT} can be verified")
     check_trimmable(prompt_cache)
     sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
-    tokens, seen, done = prompt.tolist(), Seen(), 0
+    tokens, seen, done = _integers(prompt), Seen(), 0
     for token in tokens:
         seen.add(token)
     while len(tokens) > 1:  # the chunks of mlx_lm's generate_step
@@ -116,7 +119,7 @@ def lookup_generate_step(
         with mx.stream(generation_stream):
             logits = model(mx.array([[last, *draft]]), cache=prompt_cache)[0]
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            chosen = sampler(logprobs).tolist()
+            chosen = _integers(sampler(logprobs))
         pairs = enumerate(zip(draft, chosen, strict=False))
         accepted = next((i for i, (ours, its) in pairs if ours != its), len(draft))
         handed = 0
@@ -130,13 +133,22 @@ def lookup_generate_step(
         done += accepted + 1
 
 
+def _integers(x: mx.array) -> list[int]:
+    return cast(list[int], x.tolist())
+
+
 def stream_lookup(
-    model: nn.Module, tokenizer, prompt: list[int], max_tokens: int = 256, **options
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    max_tokens: int = 256,
+    **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate text, as ``mlx_lm.stream_generate`` does; ``options`` are those of the tokens."""
     detokenizer, start, prompt_tps = tokenizer.detokenizer, time.perf_counter(), 0.0
     steps = lookup_generate_step(mx.array(prompt), model, max_tokens=max_tokens, **options)
-    with wired_limit(model, [generation_stream]), closing(steps):
+    streams: list[Any] = [generation_stream]  # of another class than wired_limit says
+    with wired_limit(model, streams), closing(steps):
         for count, (token, logprobs, drafted) in enumerate(steps, start=1):
             now = time.perf_counter()
             if count == 1:

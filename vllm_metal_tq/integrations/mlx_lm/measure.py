@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,10 +12,12 @@ import mlx_lm.models.cache as host
 import numpy as np
 
 from ... import rope
+from ...attention import Mask
 from ...calibration import Calibration, Statistics, find, fingerprint, place
 from ...centre import Centre, turn
 from ...config import CALIBRATION_TOKENS
 from ...rope import Rope
+from ...types import Progress, Tokenizer
 from . import hook
 from .probe import plain_attention
 
@@ -26,6 +27,10 @@ _FAR = 1000  # a position at which different embeddings differ
 _CLOSE = 0.02  # relative error of keys that are rounded to bfloat16
 
 
+Halves = tuple[mx.array, mx.array]
+"""Something of keys, and of values."""
+
+
 class _At(host.KVCache):
     """An empty cache that claims to be at some position, and keeps the keys that it gets."""
 
@@ -33,7 +38,7 @@ class _At(host.KVCache):
         super().__init__()
         self.offset = position
 
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.stored = keys
         return keys, values
 
@@ -45,23 +50,32 @@ class _Recorder(host.KVCache):
         super().__init__()
         self._statistics = statistics
 
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._new = keys, values
-        return super().update_and_fetch(keys, values)
+        fetched: tuple[mx.array, mx.array] = super().update_and_fetch(keys, values)
+        return fetched
 
-    def attend(self, queries, keys, values, scale, mask, sinks):
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
         start = self.offset - queries.shape[2]
         skip = max(SKIPPED - start, 0)
         if skip < queries.shape[2]:
-            new = (x[:, :, skip:] for x in (queries, *self._new))
-            self._statistics.add(*new, start + skip)
+            new_keys, new_values = (x[:, :, skip:] for x in self._new)
+            self._statistics.add(queries[:, :, skip:], new_keys, new_values, start + skip)
         return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
 
 
 def calibrate(
     model: nn.Module,
     token_ids: list[int],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """Measure a calibration on a text, for use with every text.
 
@@ -80,24 +94,24 @@ def calibrate(
     # Where the embedding is not known, the mean of keys after it is a centre as well, if a worse
     # one: flags take it only where it helps.
     every = [
-        shape and Statistics(found or rope.constant(shape[0]))
+        Statistics(found or rope.constant(shape[0])) if shape else None
         for found, shape in zip(layer_ropes(model), plain_attention(model), strict=True)
     ]
     if not any(every):
-        return Calibration(tuple(every), fingerprint(model))
+        return Calibration((None,) * len(every), fingerprint(model))
     caches = [_Recorder(s) if s else cache for s, cache in zip(every, caches, strict=True)]
     for start in range(0, len(token_ids), CHUNK):
         chunk = token_ids[start : start + CHUNK]
         mx.eval(model(mx.array([chunk]), cache=caches))
         progress(start + len(chunk), len(token_ids))
-    return Calibration(tuple(s and s.centre() for s in every), fingerprint(model))
+    return Calibration(tuple(s.centre() if s else None for s in every), fingerprint(model))
 
 
 def find_or_calibrate(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     folder: str | Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """The calibration that ``calibration.find`` finds; else one is made and kept.
 
@@ -127,21 +141,21 @@ def from_biases(model: nn.Module) -> Calibration:
     Layers whose k_proj has no bias, or whose keys are normalised after it, get no centre.
     """
     shapes = plain_attention(model)
-    biases = [None] * len(shapes)
+    biases: list[Halves | None] = [None] * len(shapes)
     layers = getattr(model, "layers", [])
     if len(layers) == len(shapes):
         pairs = zip(layers, shapes, strict=True)
         biases = [shape and _biases(layer, shape) for layer, shape in pairs]
     if not any(biases):
-        return Calibration(tuple(biases), "")
+        return Calibration((None,) * len(biases), "")
     centres = [
-        bias and found and _from_bias(found, *bias)
+        _from_bias(found, *bias) if bias and found else None
         for bias, found in zip(biases, layer_ropes(model), strict=True)
     ]
     return Calibration(tuple(centres), "")
 
 
-def _biases(layer: nn.Module, shape: tuple[int, int]) -> tuple[mx.array, mx.array] | None:
+def _biases(layer: nn.Module, shape: tuple[int, int]) -> Halves | None:
     """Biases of a layer's keys and values: float32 ``(num_kv_heads, head_dim)`` each, or None."""
     head_dim, num_kv_heads = shape
     for _, module in layer.named_modules():
@@ -150,8 +164,10 @@ def _biases(layer: nn.Module, shape: tuple[int, int]) -> tuple[mx.array, mx.arra
         if bias is None or bias.size != head_dim * num_kv_heads or "k_norm" in module:
             continue
         value_bias = getattr(getattr(module, "v_proj", None), "bias", mx.zeros_like(bias))
-        pair = (bias, value_bias)
-        return tuple(x.astype(mx.float32).reshape(num_kv_heads, head_dim) for x in pair)
+        of_keys, of_values = (
+            x.astype(mx.float32).reshape(num_kv_heads, head_dim) for x in (bias, value_bias)
+        )
+        return of_keys, of_values
     return None
 
 
@@ -169,9 +185,9 @@ def layer_ropes(model: nn.Module) -> list[Rope | None]:
     """
     near, far = _stored(model, 0), _stored(model, _FAR)
     candidates: dict[int, list[Rope]] = {}
-    found = []
+    found: list[Rope | None] = []
     for first, second in zip(near, far, strict=True):
-        if first is None:
+        if first is None or second is None:
             found.append(None)
             continue
         head_dim = first.shape[-1]
@@ -179,7 +195,7 @@ def layer_ropes(model: nn.Module) -> list[Rope | None]:
             candidates[head_dim] = [*rope.of_model(model, head_dim), rope.constant(head_dim)]
         where = mx.array([_FAR])
         errors = [
-            (mx.linalg.norm(turn(first, where, c.pairs) - second) / mx.linalg.norm(second)).item()
+            float(mx.linalg.norm(turn(first, where, c.pairs) - second) / mx.linalg.norm(second))
             for c in candidates[head_dim]
         ]
         best = int(np.argmin(errors))

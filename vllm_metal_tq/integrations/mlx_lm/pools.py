@@ -11,6 +11,7 @@ from ...centre import Centre
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
 from ...pages import PagePool
+from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
 from .measure import from_biases
@@ -70,8 +71,8 @@ class CachePools:
             if shape is not None:
                 head_dim, num_kv_heads = shape
                 pool = PagePool(PageLayout(config.for_layer(layer), head_dim), num_kv_heads)
-                options = {"centre": centre, "max_kv_size": max_kv_size}
-                self._caches[layer] = TurboQuantKVCache(pool, **options)
+                cache = TurboQuantKVCache(pool, centre=centre, max_kv_size=max_kv_size)
+                self._caches[layer] = cache
         for pool in self.pools:
             pool.max_blocks = self.max_blocks
 
@@ -117,7 +118,7 @@ class CachePools:
         """Bytes of the blocks that sequences hold, in all layers."""
         return sum(pool.num_used * pool.block_bytes for pool in self.pools)
 
-    def make_prompt_cache(self) -> list:
+    def make_prompt_cache(self) -> PromptCache:
         """A prompt cache of one new sequence, as ``mlx_lm.generate`` and batches take it."""
         return copy.deepcopy(self._caches)
 

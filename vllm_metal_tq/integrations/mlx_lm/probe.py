@@ -6,24 +6,33 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 
+from ...attention import Mask
 from . import hook
 
 
 class _Probe(host.KVCache):
     """A dense cache that records what its layer fetches from it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.fetched: list[tuple] = []
+        self.fetched: list[tuple[mx.array, mx.array]] = []
 
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.fetched.append(super().update_and_fetch(keys, values))
         return self.fetched[-1]
 
-    def attend(self, queries, keys, values, scale, mask, sinks):
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
         return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
 
-    def shape(self, attended: list[tuple]) -> tuple[int, int] | None:
+    def shape(self, attended: list[hook.Attended]) -> tuple[int, int] | None:
         """(head_dim, num_kv_heads) where the layer is plain attention, else None."""
         if len(self.fetched) != 1:
             return None

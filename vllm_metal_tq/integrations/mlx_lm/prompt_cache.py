@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ...calibration import Calibration
 from ...config import TurboQuantConfig
+from ...types import PromptCache
 from .cache import TurboQuantKVCache
 from .pools import CachePools
 
@@ -34,7 +35,7 @@ class CacheReport:
         return self.kv_bytes_bf16 / self.kv_bytes if self.kv_bytes else 1.0
 
 
-def report(prompt_cache: list) -> CacheReport:
+def report(prompt_cache: PromptCache) -> CacheReport:
     """Add up what ``prompt_cache`` holds."""
     ours = [c for c in prompt_cache if isinstance(c, TurboQuantKVCache)]
     others = [c for c in prompt_cache if not isinstance(c, TurboQuantKVCache)]
@@ -43,7 +44,7 @@ def report(prompt_cache: list) -> CacheReport:
     return CacheReport(
         layers=len(prompt_cache),
         layers_compressed=len(ours),
-        kv_bytes=dense + sum(x.nbytes for x in [*pools, *(c.sequences.tail for c in ours)]),
+        kv_bytes=dense + sum(x.nbytes for x in pools) + sum(c.sequences.tail.nbytes for c in ours),
         kv_bytes_bf16=dense + sum(pool.nbytes_bf16 for pool in pools),
     )
 
@@ -53,11 +54,11 @@ def make_prompt_cache(
     config: TurboQuantConfig | None = None,
     max_kv_size: int | None = None,
     calibration: Calibration | None = None,
-) -> list:
+) -> PromptCache:
     """Make a prompt cache for ``mlx_lm.generate``, ``stream_generate`` and chat.
 
     It has pools of its own, which go with it. Arguments and errors are those of ``CachePools``,
     whose caches share theirs.
     """
-    options = {"max_kv_size": max_kv_size, "calibration": calibration}
-    return CachePools(model, config, **options).make_prompt_cache()
+    pools = CachePools(model, config, max_kv_size=max_kv_size, calibration=calibration)
+    return pools.make_prompt_cache()

@@ -13,14 +13,17 @@ import os
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal, overload
 from uuid import uuid4
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 import numpy as np
-from mlx.utils import tree_flatten
 
+from ... import safetensors
+from ...calibration import named_weights
+from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
 from .probe import plain_attention
@@ -31,11 +34,17 @@ _BLANK = "0" * 64  # stands for the checksum while it is computed
 _CHECKSUM = re.compile(rb'"checksum"\s*:\s*"([0-9a-f]{64})"')
 _MAX_HEADER = 100_000_000  # bytes, as safetensors limits it
 _SAMPLES = 64  # elements of each weight that the fingerprint looks at
+Record = dict[str, Any]
+"""What the header of a file says of one layer, as JSON takes it."""
+
 _ANEW = "make it anew with `vllm-metal-tq cache-prompt` or save_prompt_cache"
 
 
 def save_prompt_cache(
-    file_name: str | Path, prompt_cache: list, model: nn.Module, metadata: dict | None = None
+    file_name: str | Path,
+    prompt_cache: PromptCache,
+    model: nn.Module,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Save a prompt cache; what it replaces stays whole until the new file is complete.
 
@@ -98,7 +107,21 @@ def check_target(file_name: str | Path) -> Path:
     return file
 
 
-def load_prompt_cache(file_name: str | Path, model: nn.Module, return_metadata: bool = False):
+@overload
+def load_prompt_cache(
+    file_name: str | Path, model: nn.Module, return_metadata: Literal[False] = False
+) -> PromptCache: ...
+
+
+@overload
+def load_prompt_cache(
+    file_name: str | Path, model: nn.Module, return_metadata: Literal[True]
+) -> tuple[PromptCache, dict[str, str]]: ...
+
+
+def load_prompt_cache(
+    file_name: str | Path, model: nn.Module, return_metadata: bool = False
+) -> PromptCache | tuple[PromptCache, dict[str, str]]:
     """Load what ``save_prompt_cache`` wrote, for use with ``model``.
 
     The cache brings the widths and the centres with which it was made, whatever calibration the
@@ -120,8 +143,7 @@ def load_prompt_cache(file_name: str | Path, model: nn.Module, return_metadata: 
     _check_seal(file)
     hook.install(model)
     try:
-        arrays, header = mx.load(str(file), format="safetensors", return_metadata=True)
-        mx.eval(arrays)  # reads the file to its end
+        arrays, header = safetensors.read(file)
         _check_header(file, header, model)
         records, metadata = json.loads(header["layers"]), json.loads(header["metadata"])
         _check_classes(file, header, records)
@@ -144,7 +166,7 @@ def model_fingerprint(model: nn.Module) -> str:
     A prompt cache is wrong for a model that differs in any weight, so that this looks at every
     one, where a calibration's fingerprint may be content with a few.
     """
-    weights = sorted(tree_flatten(model.parameters()))
+    weights = named_weights(model)
     shapes = [(name, x.shape, str(x.dtype)) for name, x in weights]
     digest = hashlib.sha256(repr([shapes, _rope_settings(getattr(model, "args", None))]).encode())
     samples = [_bits(x.reshape(-1)[:: max(x.size // _SAMPLES, 1)][:_SAMPLES]) for _, x in weights]
@@ -158,7 +180,7 @@ def _bits(x: mx.array) -> mx.array:
     return x.view(mx.uint8) if x.size else x.astype(mx.uint8)
 
 
-def _rope_settings(settings) -> list[tuple[str, str]]:
+def _rope_settings(settings: object) -> list[tuple[str, str]]:
     """What a model's arguments say of RoPE: keys differ with it although no weight does."""
     fields = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     found = []
@@ -170,7 +192,7 @@ def _rope_settings(settings) -> list[tuple[str, str]]:
     return found
 
 
-def _calibration_fingerprint(prompt_cache: list) -> str:
+def _calibration_fingerprint(prompt_cache: PromptCache) -> str:
     """32 hexadecimal digits of the centres that the layers were encoded with."""
     digest = hashlib.sha256()
     for layer, cache in enumerate(prompt_cache):
@@ -180,7 +202,7 @@ def _calibration_fingerprint(prompt_cache: list) -> str:
     return digest.hexdigest()[:32]
 
 
-def _of_model(prompt_cache: list, model: nn.Module) -> bool:
+def _of_model(prompt_cache: PromptCache, model: nn.Module) -> bool:
     """Whether exactly those layers are compressed that can be, with vectors of the right size."""
     shapes = plain_attention(model)
     ours = [isinstance(cache, TurboQuantKVCache) for cache in prompt_cache]
@@ -190,16 +212,16 @@ def _of_model(prompt_cache: list, model: nn.Module) -> bool:
     )
 
 
-def _sequences(cache) -> int:
+def _sequences(cache: object) -> int:
     return len(cache.sequences) if isinstance(cache, TurboQuantKVCache) else 1
 
 
-def _record(cache, name: str, arrays: dict[str, mx.array]) -> dict:
+def _record(cache: Any, name: str, arrays: dict[str, mx.array]) -> Record:
     """What the header says of one layer; its arrays join ``arrays``."""
     if isinstance(cache, TurboQuantKVCache):
         state = _packed(cache.compacted().state, name, arrays)
         return {"class": TurboQuantKVCache.__name__, "config": _widths(cache), "state": state}
-    record = {"class": type(cache).__name__}
+    record: Record = {"class": type(cache).__name__}
     # mlx_lm before 0.32 keeps numbers apart from arrays, and has no state for an empty cache.
     if hasattr(cache, "meta_state"):
         record["meta_state"] = cache.meta_state
@@ -212,7 +234,7 @@ def _widths(cache: TurboQuantKVCache) -> list[int]:
     return [config.k_bits, config.v_bits, config.block_size]
 
 
-def _packed(value, name: str, arrays: dict[str, mx.array]):
+def _packed(value: object, name: str, arrays: dict[str, mx.array]) -> object:
     """A state as JSON takes it: arrays become names, or shapes where they are empty."""
     if isinstance(value, mx.array):
         if not value.size:  # cannot be saved
@@ -226,7 +248,7 @@ def _packed(value, name: str, arrays: dict[str, mx.array]):
     raise ValueError(f"a cache's state holds {type(value).__name__}, which cannot be saved")
 
 
-def _unpacked(value, arrays: dict[str, mx.array]):
+def _unpacked(value: object, arrays: dict[str, mx.array]) -> Any:
     if isinstance(value, list):
         return [_unpacked(x, arrays) for x in value]
     if not isinstance(value, dict):
@@ -236,7 +258,7 @@ def _unpacked(value, arrays: dict[str, mx.array]):
     return mx.zeros(value["shape"], getattr(mx, value["dtype"]))
 
 
-def _rebuilt(record: dict, made: list, layer: int, arrays: dict[str, mx.array]):
+def _rebuilt(record: Record, made: PromptCache, layer: int, arrays: dict[str, mx.array]) -> Any:
     """The cache of one layer."""
     state = _unpacked(record["state"], arrays)
     if record["class"] == TurboQuantKVCache.__name__:
@@ -256,7 +278,7 @@ def _rebuilt(record: dict, made: list, layer: int, arrays: dict[str, mx.array]):
     return cache
 
 
-def _host_class(name: str, made: list) -> type:
+def _host_class(name: str, made: PromptCache) -> Any:
     """A cache class of mlx_lm's or of the model's own, and nothing else that goes by the name."""
     classes = {type(cache).__name__: type(cache) for cache in made}
     cls = classes.get(name) or getattr(host, name)
@@ -283,7 +305,7 @@ def _check_header(file: Path, header: dict[str, str], model: nn.Module) -> None:
         )
 
 
-def _check_classes(file: Path, header: dict[str, str], records: list[dict]) -> None:
+def _check_classes(file: Path, header: dict[str, str], records: list[Record]) -> None:
     """Our state is the same under every mlx_lm, the state of its own caches is not."""
     others = {record["class"] for record in records} - {TurboQuantKVCache.__name__}
     if others and header["mlx_lm"] != _mlx_lm():

@@ -12,10 +12,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import mlx.core as mx
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm_metal.attention.runtime import hybrid, mha
 from vllm_metal.v1.cache_policy import ModelCachePolicy
 
@@ -32,6 +38,14 @@ logger = init_logger("vllm.vllm_metal_tq")
 _ATTENTION = re.compile(r"layers\.(\d+)\.self_attn")  # how vllm-metal names what it caches
 
 
+if TYPE_CHECKING:  # what comes after _Compressed
+    from vllm_metal.attention.runtime.mha import MHAPagedAttentionRuntime as _Runtime
+else:
+    _Runtime = object
+
+_Kind = TypeVar("_Kind", bound="_Compressed")
+
+
 class CachePolicy(ModelCachePolicy):
     """What vllm-metal allocates and plans for, of a model whose cache is compressed.
 
@@ -41,7 +55,7 @@ class CachePolicy(ModelCachePolicy):
         settings: what the user asked for.
     """
 
-    def __init__(self, runner, model_adapter, settings: Settings):
+    def __init__(self, runner: Any, model_adapter: Any, settings: Settings):
         super().__init__(runner, model_adapter)
         self._settings = settings
         forward.install()
@@ -60,12 +74,12 @@ class CachePolicy(ModelCachePolicy):
         # then be alike. They see their window only, and keep pages for everything.
         return False
 
-    def get_kv_cache_spec(self) -> dict:
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vllm-metal's specs, those of compressed layers with their compressed size."""
         specs = super().get_kv_cache_spec()
         return {name: self._spec(name, spec) for name, spec in specs.items()}
 
-    def _spec(self, name: str, spec):
+    def _spec(self, name: str, spec: KVCacheSpec) -> KVCacheSpec:
         found = _ATTENTION.fullmatch(name)
         config = self._settings.for_layer(int(found[1])) if found else None
         return compressed(spec, config) if config else spec
@@ -82,7 +96,7 @@ class CachePolicy(ModelCachePolicy):
 
     def draft_scratch_reserve_bytes(self) -> int:
         """Bytes held out of the budget: vllm-metal's own, tails, and a layer's past."""
-        return super().draft_scratch_reserve_bytes() + self._reserve
+        return int(super().draft_scratch_reserve_bytes()) + self._reserve
 
     @cached_property
     def _reserve(self) -> int:
@@ -104,7 +118,7 @@ class CachePolicy(ModelCachePolicy):
             requests,
             past / 2**30,
         )
-        return tails + past
+        return int(tails + past)
 
     def _build_mha_backend(self, block_size: int) -> mha.MHAPagedAttentionRuntime:
         dense = super()._build_mha_backend(block_size)
@@ -125,7 +139,7 @@ class CachePolicy(ModelCachePolicy):
     @cached_property
     def _centres(self) -> list[Centre | None]:
         """The calibration of each layer of the model."""
-        nothing = [None] * self._runner.num_layers
+        nothing: list[Centre | None] = [None] * self._runner.num_layers
         try:
             found = self._calibration()
         except Exception as error:  # whatever a model that nobody has tried may raise
@@ -171,11 +185,12 @@ class CachePolicy(ModelCachePolicy):
         )
 
 
-class _Compressed:
+class _Compressed(_Runtime):
     """A runtime of vllm-metal whose cache is compressed."""
 
     compression: Layers
-    module: ModuleType  # of vllm-metal's runtime
+    module: Any  # of vllm-metal's runtime
+    kv_cache: PagedCache
 
     def initialize(self, num_blocks: int) -> None:
         """Allocate the cache."""
@@ -197,12 +212,12 @@ class _Compressed:
         """Requests are told apart in every step."""
         return True
 
-    def populate_step_context(self, *, req_ids: list[str], ctx, **rest) -> None:
+    def populate_step_context(self, *, req_ids: list[str], ctx: Any, **rest: Any) -> None:
         """Note whose tokens a forward pass has."""
         super().populate_step_context(req_ids=req_ids, ctx=ctx, **rest)
         ctx.turboquant_requests = list(req_ids)
 
-    def extend_forward_eval_outputs(self, outputs: list) -> None:
+    def extend_forward_eval_outputs(self, outputs: list[mx.array]) -> None:
         """A first chunk's logits do not depend on what is stored: it would stay unevaluated."""
         super().extend_forward_eval_outputs(outputs)
         outputs += self.kv_cache.pending
@@ -231,9 +246,9 @@ class CompressedHybridRuntime(_Compressed, hybrid.HybridPagedAttentionRuntime):
     module = hybrid
 
 
-def _taking_over(dense, kind: type, compression: Layers):
+def _taking_over(dense: object, kind: type[_Kind], compression: Layers) -> _Kind:
     """A runtime of ``kind`` that is set up as ``dense`` is."""
     runtime = kind.__new__(kind)
-    vars(runtime).update(vars(dense))
+    runtime.__dict__.update(vars(dense))
     runtime.compression = compression
     return runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 from vllm.logger import init_logger
@@ -45,7 +46,8 @@ class PagedCache(MetalPagedKVCache):
     def _allocate_dense_caches(self, dtype: mx.Dtype) -> None:
         self._blocks: dict[str, tuple[list[int], list[int]]] = {}  # the engine's, and ours
         self.layers = [
-            config and self._layer(i) for i, config in enumerate(self.compression.configs)
+            self._layer(i, config) if config else None
+            for i, config in enumerate(self.compression.configs)
         ]
         shapes = zip(self.layers, self.kv_heads_per_layer, self.head_dim_per_layer, strict=True)
         for layer, heads, dim in shapes:
@@ -54,8 +56,8 @@ class PagedCache(MetalPagedKVCache):
             self.value_caches.append(mx.zeros(shape, dtype))
         mx.eval(*self.key_caches, *self.value_caches, *self.pending)
 
-    def _layer(self, which: int) -> PagedLayer:
-        layout = PageLayout(self.compression.configs[which], self.head_dim_per_layer[which])
+    def _layer(self, which: int, config: TurboQuantConfig) -> PagedLayer:
+        layout = PageLayout(config, self.head_dim_per_layer[which])
         blocks = self.num_blocks * self._pages
         pool = EnginePool(layout, self.kv_heads_per_layer[which], blocks)
         window = max(self.sliding_window_per_layer[which], 0)  # theirs is -1 for none
@@ -64,7 +66,7 @@ class PagedCache(MetalPagedKVCache):
     @property
     def _pages(self) -> int:
         """How many of our blocks one of the engine's is made of."""
-        return self.block_size // self.compression.block_size
+        return int(self.block_size) // self.compression.block_size
 
     @property
     def _compressed(self) -> list[PagedLayer]:
@@ -100,13 +102,14 @@ class PagedCache(MetalPagedKVCache):
         for request in requests:
             self._blocks.pop(request, None)
 
-    def segments(self, ctx) -> list[Segment]:
+    def segments(self, ctx: Any) -> list[Segment]:
         """The requests of a forward pass, with the blocks of the layers' pages."""
         if "turboquant" not in ctx.kernel_metadata_cache:  # which lasts as long as the pass
             ctx.kernel_metadata_cache["turboquant"] = self._segments(ctx)
-        return ctx.kernel_metadata_cache["turboquant"]
+        segments: list[Segment] = ctx.kernel_metadata_cache["turboquant"]
+        return segments
 
-    def _segments(self, ctx) -> list[Segment]:
+    def _segments(self, ctx: Any) -> list[Segment]:
         """What each request adds. The tokens of a draft are listed one by one, or together."""
         group = self.group_index_for_layer(0)
         tables = ctx.kv_groups[group].block_tables if ctx.kv_groups else ctx.block_tables

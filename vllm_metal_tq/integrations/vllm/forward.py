@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 from vllm_metal.attention.impls import sdpa, sdpa_wrapper
 
 from .cache import PagedCache
+from .paged import PagedLayer
 
 _dense_forward = sdpa_wrapper.sdpa_forward
 
 
-def forward(inner, x: mx.array, ctx, kv_cache, layer_idx: int, *args, **options):
+def forward(
+    inner: Any, x: mx.array, ctx: Any, kv_cache: Any, layer_idx: int, *args: Any, **options: Any
+) -> Any:
     """vllm-metal's ``sdpa_forward``: project, attend, project back."""
     layer = kv_cache.layers[layer_idx] if isinstance(kv_cache, PagedCache) else None
     if layer is None:
         return _dense_forward(inner, x, ctx, kv_cache, layer_idx, *args, **options)
-    return _forward(inner, x, ctx, kv_cache, layer_idx, options.get("position_embeddings"))
+    return _forward(inner, x, ctx, kv_cache, layer, options.get("position_embeddings"))
 
 
-def _forward(inner, x: mx.array, ctx, kv_cache: PagedCache, layer_idx: int, embeddings):
+def _forward(
+    inner: Any,
+    x: mx.array,
+    ctx: Any,
+    kv_cache: PagedCache,
+    layer: PagedLayer,
+    embeddings: Any,
+) -> Any:
     heads = getattr(inner, "n_heads", None) or inner.num_attention_heads
     kv_heads = getattr(inner, "n_kv_heads", None) or inner.num_key_value_heads
     scale = getattr(inner, "scale", None)
     queries, keys, values, gate, kv = sdpa.prepare_sdpa_qkv(
         inner, x, ctx, heads, kv_heads, position_embeddings=embeddings
     )
-    layer, head_dim = kv_cache.layers[layer_idx], queries.shape[-1]
-    padded = sdpa.pad_qkv_to_cache_head_dim(
+    head_dim = queries.shape[-1]
+    queries, keys, values = sdpa.pad_qkv_to_cache_head_dim(
         queries, keys, values, head_dim, layer.pool.layout.head_dim
     )
     attended = layer.attend(
-        *padded,
+        queries,
+        keys,
+        values,
         kv_cache.segments(ctx),
         scale=inner.sm_scale if scale is None else scale,
         sinks=getattr(inner, "sinks", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import lcm
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
@@ -12,10 +13,15 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from .settings import Settings
 from .spec import hybrid_alignment, token_bytes
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 logger = init_logger("vllm.vllm_metal_tq")
 
 
-def align(platform, vllm_config, settings: Settings, user_block_size: int | None) -> None:
+def align(
+    platform: Any, vllm_config: VllmConfig, settings: Settings, user_block_size: int | None
+) -> None:
     """Redo vLLM's alignment of pages and states with the size of compressed pages.
 
     Args:

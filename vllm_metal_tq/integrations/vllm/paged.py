@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import mlx.core as mx
 
@@ -43,7 +44,7 @@ class Segment:
     @property
     def count(self) -> int:
         """New tokens."""
-        return self.columns.stop - self.columns.start
+        return int(self.columns.stop - self.columns.start)
 
 
 class EnginePool(PagePool):
@@ -70,7 +71,7 @@ class EnginePool(PagePool):
 class _Blocks(BlockTable):
     """Blocks that the engine has given to a request."""
 
-    def __del__(self):
+    def __del__(self) -> None:
         pass  # they are the engine's
 
     def extend(self, count: int) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ class _Batch(Sequences):
         for i, segment in enumerate(segments):
             beyond = self.offsets[i] - segment.offset
             self.tail.lengths[i] = max(self.tail.lengths[i] - beyond, 0) if beyond >= 0 else 0
-            self.tables[i].follow(segment)
+            cast(_Blocks, self.tables[i]).follow(segment)
         self.offsets = [segment.offset for segment in segments]
         self._by_index = all(segment.by_index for segment in segments)
 
@@ -155,15 +156,17 @@ class PagedLayer:
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded.
         """
-        options = {"scale": scale, "sinks": sinks, "window": self.window}
         outputs = []
         for group in grouped(segments):
             batch = self._batch([segment.request for segment in group])
             batch.follow(group)
-            own = [_unpacked(x, group) for x in (queries, keys, values)]
-            batch.store(*own[1:])
+            q, k, v = (_unpacked(x, group) for x in (queries, keys, values))
+            batch.store(k, v)
             batch.tail.settle()
-            outputs.append(_packed(batch.attend(*own, mask="causal", **options)))
+            attended = batch.attend(
+                q, k, v, scale=scale, mask="causal", sinks=sinks, window=self.window
+            )
+            outputs.append(_packed(attended))
         return mx.concatenate(outputs, axis=2) if outputs[1:] else outputs[0]
 
     @property

@@ -11,8 +11,12 @@ from __future__ import annotations
 import importlib.util
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .settings import CACHE_DTYPES, FOREIGN, UNCOMPRESSED, Settings, mla_complaint, shared_complaint
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
 
 OWN_KEY = "vllm_metal_tq"
 """Where the checked configuration is in ``additional_config``."""
@@ -36,29 +40,29 @@ def register() -> None:
     register_post_import_hook(_watch_runner, "vllm_metal.v1.model_runner")
 
 
-def settings_of(vllm_config) -> Settings | None:
+def settings_of(vllm_config: VllmConfig) -> Settings | None:
     """What a configuration that was checked says, None where it says nothing."""
     given = getattr(vllm_config, "additional_config", None)  # stand-ins of tests have none
     return Settings.parse(given[OWN_KEY]) if isinstance(given, dict) and OWN_KEY in given else None
 
 
-def _watch_config(module) -> None:
+def _watch_config(module: Any) -> None:
     original = module.VllmConfig.__post_init__
 
     @wraps(original)
-    def post_init(self, *args, **options):
+    def post_init(self: VllmConfig, *args: Any, **options: Any) -> None:
         prepare(self)
-        return original(self, *args, **options)
+        original(self, *args, **options)
 
     module.VllmConfig.__post_init__ = post_init
 
 
-def _watch_platform(module) -> None:
+def _watch_platform(module: Any) -> None:
     platform = module.MetalPlatform
     original = platform.update_block_size_for_backend.__func__
 
     @wraps(original)
-    def update(cls, vllm_config):
+    def update(cls: Any, vllm_config: VllmConfig) -> None:
         cache = vllm_config.cache_config
         given = cache.block_size if cache.user_specified_block_size else None
         original(cls, vllm_config)
@@ -70,10 +74,10 @@ def _watch_platform(module) -> None:
     platform.update_block_size_for_backend = classmethod(update)
 
 
-def _watch_runner(module) -> None:
+def _watch_runner(module: Any) -> None:
     original = module.ModelCachePolicy
 
-    def policy(runner, model_adapter):
+    def policy(runner: Any, model_adapter: Any) -> Any:
         if settings := settings_of(runner.vllm_config):
             from .backend import CachePolicy
 
@@ -83,7 +87,7 @@ def _watch_runner(module) -> None:
     module.ModelCachePolicy = policy
 
 
-def prepare(vllm_config) -> None:
+def prepare(vllm_config: VllmConfig) -> None:
     """Check a new configuration, and rename what it says of the compressed cache.
 
     Raises:
@@ -108,7 +112,7 @@ def prepare(vllm_config) -> None:
     vllm_config.additional_config = foreign | {OWN_KEY: own}
 
 
-def _from_cache_dtype(cache_config, given: dict) -> dict:
+def _from_cache_dtype(cache_config: CacheConfig, given: dict[str, Any]) -> dict[str, Any]:
     """``additional_config`` with what ``--kv-cache-dtype turboquant_*`` says, on a Mac."""
     dtype = cache_config.cache_dtype
     if dtype not in CACHE_DTYPES or given.get("turboquant") is False or not _on_metal():
@@ -175,7 +179,7 @@ def _version(distribution: str) -> str:
         return "an unknown version"
 
 
-def _check_model(model_config) -> None:
+def _check_model(model_config: ModelConfig | None) -> None:
     from vllm_metal.config import get_config
 
     if not get_config().use_paged_attention:
@@ -191,7 +195,7 @@ def _check_model(model_config) -> None:
         raise NotImplementedError(shared_complaint(model_config.model))
 
 
-def _set_block_size(cache_config, settings: Settings, asked: bool) -> None:
+def _set_block_size(cache_config: CacheConfig, settings: Settings, asked: bool) -> None:
     """The engine's blocks are made of ours."""
     size = settings.config.block_size
     given = cache_config.block_size if cache_config.user_specified_block_size else None

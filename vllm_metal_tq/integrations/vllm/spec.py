@@ -11,9 +11,10 @@ vLLM knows a spec by its base classes, so a subclass needs no registration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import lcm
+from typing import TYPE_CHECKING
 
 import torch
 import vllm
@@ -26,6 +27,12 @@ PAGE_DTYPE = torch.uint8
 """What a compressed layer's spec gives as its dtype: pages are bytes."""
 
 
+if TYPE_CHECKING:  # what comes after _CompressedPages
+    from vllm.v1.kv_cache_interface import FullAttentionSpec as _Spec
+else:
+    _Spec = object
+
+
 def token_bytes(config: TurboQuantConfig, num_kv_heads: int, head_dim: int) -> int:
     """Bytes that one token takes in one layer, all its KV heads together.
 
@@ -35,14 +42,22 @@ def token_bytes(config: TurboQuantConfig, num_kv_heads: int, head_dim: int) -> i
     return num_kv_heads * PageLayout(config, head_dim).row_bytes
 
 
-class _CompressedPages:
+class _CompressedPages(_Spec):
     """What both specs have in common; comes before vLLM's class, so that it takes precedence.
 
     A vLLM block of ``block_size`` tokens is one or several of our pages for each KV head, so its
     bytes depend on the number of its tokens alone.
     """
 
-    def __post_init__(self):
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    dtype: torch.dtype
+    k_bits: int
+    v_bits: int
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_size % SUB_BLOCK:
             raise ValueError(
@@ -79,7 +94,7 @@ class _CompressedPages:
         return token_bytes(self._config, 1, self.head_size)
 
     @classmethod
-    def merge(cls, specs: list) -> _CompressedPages:
+    def merge(cls, specs: Sequence[_CompressedPages]) -> _CompressedPages:
         """The spec of layers that share a block table; they are equal in every field.
 
         Raises:

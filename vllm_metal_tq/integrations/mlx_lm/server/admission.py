@@ -15,8 +15,14 @@ class Pools(Protocol):
     """What admission asks of ``CachePools``."""
 
     block_size: int
-    max_blocks: int | None
-    used_blocks: int
+
+    @property
+    def max_blocks(self) -> int | None:
+        """The most blocks that a layer may have, or None."""
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that sequences hold."""
 
 
 @dataclass(eq=False)

@@ -38,7 +38,7 @@ class APIError(Exception):
         self.retry_after = retry_after
 
     @property
-    def fields(self) -> dict:
+    def fields(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object."""
         return {
             "error": {

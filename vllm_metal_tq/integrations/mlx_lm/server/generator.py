@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from queue import Empty
 from threading import Event
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.server import ModelDescription, ResponseGenerator
+from mlx_lm.server import GenerationContext, ModelDescription, ResponseGenerator
 
+from ....types import Progress
 from . import batch
 from .admission import Admission
 from .errors import APIError, ClientGoneError, as_api_error, invalid, stopping
@@ -40,13 +43,16 @@ class Generator(ResponseGenerator):
         failure: why the model could not be loaded.
     """
 
+    model_provider: Provider
+    prompt_cache: PromptCache
+    admission: Admission  # once the model is loaded
+
     def __init__(self, provider: Provider, stats: Stats):
         batch.install()
         self.stats = stats
         self.watch = Watch()
         self.joining: Session | None = None
         self.failure: Exception | None = None
-        self.admission: Admission | None = None
         self.kv_state: dict[str, int] = {}
         self._loaded = Event()
         self._live: set[Session] = set()  # that the thread has taken and not yet answered
@@ -81,7 +87,12 @@ class Generator(ResponseGenerator):
         loaded = self._loaded.is_set() and self.failure is None
         return loaded and self._generation_thread.is_alive() and not self._stop
 
-    def generate(self, request, generation_args, progress_callback=None):
+    def generate(
+        self,
+        request: Any,
+        generation_args: Any,
+        progress_callback: Progress | None = None,
+    ) -> tuple[GenerationContext, Iterator[Any]]:
         """As mlx_lm's, and counted.
 
         Raises:
@@ -99,7 +110,9 @@ class Generator(ResponseGenerator):
             raise
         return context, self._counted(session, context, responses)
 
-    def _counted(self, session: Session, context, responses):
+    def _counted(
+        self, session: Session, context: GenerationContext, responses: Iterator[Any]
+    ) -> Iterator[Any]:
         first = True
         for response in responses:
             if first:
@@ -135,8 +148,8 @@ class Generator(ResponseGenerator):
                 # The text of the traceback and not the traceback, which holds pages.
                 logging.error("the batch failed: %s", traceback.format_exc())
                 self.prompt_cache.let_go()
-                message = as_api_error(error).message
-                self._end_live(lambda m=message: APIError(500, m, "internal_error"))
+                failed = partial(APIError, 500, as_api_error(error).message, "internal_error")
+                self._end_live(failed)
         self._end_live(stopping)
         with contextlib.suppress(Empty):
             while True:
@@ -146,36 +159,37 @@ class Generator(ResponseGenerator):
     def _end_live(self, make_error: Callable[[], APIError]) -> None:
         """Answer all requests that were taken with an error, each with its own."""
         for session in tuple(self._live):
-            session.replies.put(make_error())
+            if session.replies is not None:
+                session.replies.put(make_error())
 
     def publish(self) -> None:
         """Renew ``kv_state``; called by the generation thread whenever it may have changed."""
         pools, kept = self.model_provider.pools, len(self.prompt_cache)
         self.kv_state = kv_state(pools, self.admission, kept)
 
-    def _next_request(self, timeout=None):
+    def _next_request(self, timeout: float | None = None) -> tuple[Replies, Any, Any] | None:
         self.publish()
         taken = super()._next_request(timeout)
         if taken is None:
             return None
         queue, request, args = taken
         session = request.session
-        session.replies = Replies(queue, session, self._ended)
+        replies = session.replies = Replies(queue, session, self._ended)
         self._live.add(session)
-        return session.replies, request, args
+        return replies, request, args
 
     def _ended(self, session: Session) -> None:
         self._live.discard(session)
         if session.reservation is not None:
             self.admission.release(session.reservation)
 
-    def _tokenize(self, tokenizer, request, args):
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:
         """As mlx_lm's; whoever gets past this joins right afterwards."""
         session = request.session
         if session.gone:
             raise ClientGoneError
         try:
-            tokenized = super()._tokenize(tokenizer, request, args)
+            tokenized: tuple[Any, ...] = super()._tokenize(tokenizer, request, args)
         except Exception as error:
             raise invalid(f"the prompt cannot be tokenized: {error}") from None
         prompt, segments = tokenized[:2]
@@ -184,7 +198,7 @@ class Generator(ResponseGenerator):
         self._admit(session, args, prompt, len(segments))
         return tokenized
 
-    def _admit(self, session: Session, args, prompt: list[int], segments: int) -> None:
+    def _admit(self, session: Session, args: Any, prompt: list[int], segments: int) -> None:
         # A request appends to a block that it shares with the prompt cache after it has forked
         # from there, and after every segment of its prompt, whose end is kept there.
         copies = 1 + segments
@@ -203,11 +217,12 @@ class Generator(ResponseGenerator):
             raise
         self.joining = session
 
-    def _drafted(self, args) -> int:
+    def _drafted(self, args: Any) -> int:
         """Tokens beyond the last that speculation stores for a while."""
-        return 0 if self.model_provider.draft_model is None else args.num_draft_tokens + 1
+        drafts = self.model_provider.draft_model is not None
+        return int(args.num_draft_tokens) + 1 if drafts else 0
 
-    def _serve_single(self, taken, *rest):
+    def _serve_single(self, taken: tuple[Any, Any, Any], *rest: Any) -> None:
         _, request, args = taken
         replies = request.session.replies.alone(self.publish)
         super()._serve_single((replies, request, args), *rest)

@@ -9,12 +9,20 @@ import logging
 import math
 import socket
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from mlx_lm.server import APIHandler
 
 from .errors import APIError, ClientGoneError, as_api_error, invalid
 from .metrics import exposition
 from .sessions import Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from .generator import Generator
+    from .http import Server
 
 _NUMBERS = (
     "temperature",
@@ -65,8 +73,19 @@ _DRAIN_SECONDS = 2.0  # that a client has left to take notice of an answer while
 class Handler(APIHandler):
     """Answers one connection. Its server has ``options``, a ``ServerOptions``."""
 
+    server: Server
+    response_generator: Generator
     session: Session | None = None
-    body: dict
+    # What mlx_lm and http.server set.
+    body: dict[str, Any]
+    rfile: io.BufferedIOBase
+    wfile: Any
+    max_tokens: int | None
+    top_k: int
+    seed: int | None
+    logit_bias: dict[int, float] | None
+    stream_options: dict[str, Any] | None
+    _headers_buffer: list[bytes]
     stream = False
     _begun = False  # whether headers have gone out
     _status = 200
@@ -102,7 +121,7 @@ class Handler(APIHandler):
         except RecursionError:
             raise invalid("the request is nested too deeply") from None
 
-    def _guard(self, answer) -> None:
+    def _guard(self, answer: Callable[[], None]) -> None:
         """Answer, or else say why not."""
         try:
             answer()
@@ -198,7 +217,7 @@ class Handler(APIHandler):
                 raise invalid("a message must be an object with a role", "messages")
             self._check_content(message.get("content"))
 
-    def _check_content(self, content) -> None:
+    def _check_content(self, content: object) -> None:
         if content is None or isinstance(content, str):
             return
         if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
@@ -231,7 +250,7 @@ class Handler(APIHandler):
         if any(not 0 <= token < size for token in self.logit_bias or ()):
             raise invalid(f"logit_bias names a token that is not below {size}", "logit_bias")
 
-    def handle_completion(self, request, stop_words) -> None:
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
         """As mlx_lm's, for a client that is watched and counted."""
         asked = [self.body.get(name) for name in ("max_tokens", "max_completion_tokens")]
         self.session = session = Session(self.connection, asked != [None, None])
@@ -345,7 +364,7 @@ class Handler(APIHandler):
         self.rfile = self._reader
         super().finish()
 
-    def log_message(self, format: str, *args) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Log a request where mlx_lm logs."""
         logging.info("%s %s", self.client_address[0], format % args)
 
@@ -362,7 +381,7 @@ def _finite(value: float, name: str) -> float:
 
 
 def _outcome(error: APIError) -> str:
-    return _OUTCOMES.get(error.code, "invalid" if error.status < 500 else "failed")
+    return _OUTCOMES.get(error.code or "", "invalid" if error.status < 500 else "failed")
 
 
 class _Deadline(io.RawIOBase):
@@ -379,7 +398,7 @@ class _Deadline(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -393,15 +412,15 @@ class _Deadline(io.RawIOBase):
 class _ErrorWriter:
     """Takes an error as mlx_lm writes it, and writes it in OpenAI's form."""
 
-    def __init__(self, file, status: int):
+    def __init__(self, file: Any, status: int):
         self._file = file
         self._status = status
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def write(self, text: bytes) -> int:
         message = text.decode()
         with contextlib.suppress(ValueError, LookupError, TypeError):  # it may be no JSON
             message = json.loads(message)["error"]
-        return self._file.write(APIError(self._status, message).body)
+        return int(self._file.write(APIError(self._status, message).body))

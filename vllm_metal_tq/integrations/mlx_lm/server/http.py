@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import ThreadingHTTPServer
 from threading import Lock
+from typing import Any, cast
 
 from mlx_lm.server import get_system_fingerprint
 
@@ -53,15 +54,16 @@ class Server(ThreadingHTTPServer):
         handler = partial(Handler, generator, system_fingerprint=get_system_fingerprint())
         self._lock = Lock()
         self._open: set[socket.socket] = set()
-        super().__init__(address, handler)
+        # Without IPv6, Python gives its addresses as bytes: then it cannot be had either.
+        super().__init__(cast(tuple[str, int], address), handler)
 
-    def process_request(self, request, client_address) -> None:
+    def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a connection in a thread of its own."""
         with self._lock:
             self._open.add(request)
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request) -> None:
+    def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
         with self._lock:
             self._open.discard(request)
@@ -78,5 +80,5 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where it listens."""
-        host, port = self.server_address[:2]
+        host, port = cast(tuple[str, int], self.server_address[:2])
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from threading import Lock
+from typing import TYPE_CHECKING
 
+from ..pools import CachePools
+from .admission import Admission
 from .errors import APIError
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 WINDOW = 10.0  # seconds over which tokens a second are measured
 OUTCOMES = ("finished", "cancelled", "refused", "invalid", "failed")
@@ -22,7 +29,7 @@ class Stats:
             ``failed``, by the server's.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = Lock()
         self._recent: deque[float] = deque()
         self.running = 0
@@ -77,7 +84,7 @@ class Stats:
             self._recent.popleft()
 
 
-def kv_state(pools, admission, cached_sequences: int) -> dict[str, int]:
+def kv_state(pools: CachePools, admission: Admission, cached_sequences: int) -> dict[str, int]:
     """Blocks and bytes of the page pools, by the names that ``/metrics`` gives them.
 
     Total is the budget, or without one what is allocated; free is what of it is not in use.
@@ -134,23 +141,23 @@ def exposition(stats: Stats, kv_state: dict[str, int]) -> tuple[bytes, str]:
 
 
 class _Collector:
-    def __init__(self, families: list):
+    def __init__(self, families: list[Metric]):
         self._families = families
 
-    def collect(self) -> list:
+    def collect(self) -> list[Metric]:
         return self._families
 
 
-def _families(stats: Stats, kv_state: dict[str, int]):
+def _families(stats: Stats, kv_state: dict[str, int]) -> Iterator[Metric]:
     from prometheus_client import core
 
-    def gauge(name, help_text, value):
+    def gauge(name: str, help_text: str, value: float) -> Metric:
         return core.GaugeMetricFamily(f"turboquant_{name}", help_text, value)
 
-    def counter(name, help_text, value):
+    def counter(name: str, help_text: str, value: float) -> Metric:
         return core.CounterMetricFamily(f"turboquant_{name}", help_text, value)
 
-    def seconds(name, help_text, count, total):
+    def seconds(name: str, help_text: str, count: int, total: float) -> Metric:
         name = f"turboquant_{name}_seconds"
         return core.SummaryMetricFamily(name, help_text, count_value=count, sum_value=total)
 

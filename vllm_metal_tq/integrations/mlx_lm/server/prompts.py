@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
+from ....types import PromptCache as Caches
+
+Found = tuple[Caches | None, list[int]]
+"""An entry, if any is near enough, and the tokens that it lacks."""
+
 
 class PromptCache(LRUPromptCache):
     """mlx_lm's LRU prompt cache, with the bytes of shared pages counted once.
@@ -21,9 +26,9 @@ class PromptCache(LRUPromptCache):
         super().__init__(max_size)
         self._limit = max_bytes
         self._used_bytes = used_bytes
-        self._held = None
+        self._held: tuple[object, list[int], Found] | None = None
 
-    def hold(self, model, tokens: list[int]) -> int:
+    def hold(self, model: object, tokens: list[int]) -> int:
         """Fetch for the ``fetch_nearest_cache`` to come, so that eviction cannot take it away.
 
         Returns:
@@ -38,7 +43,7 @@ class PromptCache(LRUPromptCache):
         """Give up what ``hold`` fetched."""
         self._held = None
 
-    def fetch_nearest_cache(self, model, tokens: list[int]) -> tuple[list | None, list[int]]:
+    def fetch_nearest_cache(self, model: object, tokens: list[int]) -> Found:
         """A fork of the entry that shares most of ``tokens``, and the tokens that it lacks.
 
         At least one token is left over: mlx_lm's generation needs one to begin with, and its
@@ -55,7 +60,14 @@ class PromptCache(LRUPromptCache):
             rest = tokens[-1:]
         return (None, tokens) if len(rest) == len(tokens) else (cache, rest)
 
-    def insert_cache(self, model, tokens, prompt_cache: list, *, cache_type="assistant") -> None:
+    def insert_cache(
+        self,
+        model: object,
+        tokens: list[int],
+        prompt_cache: Caches,
+        *,
+        cache_type: str = "assistant",
+    ) -> None:
         """Take over ``prompt_cache``, which is left empty.
 
         mlx_lm's generation thread keeps the list in its variables until the next request: its
@@ -91,13 +103,13 @@ class PromptCache(LRUPromptCache):
                 pass
 
 
-def _length(cache) -> int:
+def _length(cache: object) -> int:
     """How many tokens went into a cache; 0 where it does not say, or is not used."""
     parts = getattr(cache, "caches", [cache])  # of one that is a list of others
     return max((int(getattr(part, "offset", 0)) for part in parts), default=0)
 
 
-def _trim_to(caches: list, held: int) -> bool:
+def _trim_to(caches: Caches, held: int) -> bool:
     """Trim all caches to so many tokens; returns whether that was possible."""
     longer = [(cache, _length(cache) - held) for cache in caches if _length(cache) > held]
     if longer and not can_trim_prompt_cache(caches):

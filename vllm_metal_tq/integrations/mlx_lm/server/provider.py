@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.server import ModelProvider
+
+from ..pools import CachePools
 
 
 class Provider(ModelProvider):
@@ -20,23 +24,36 @@ class Provider(ModelProvider):
         make_pools: makes the ``CachePools`` of a model and tokenizer.
 
     Attributes:
-        pools: the page pools, None until the model is loaded.
+        pools: the page pools, once the model is loaded.
     """
 
-    def __init__(self, args: Namespace, load: Callable, make_pools: Callable):
+    pools: CachePools
+
+    def __init__(
+        self,
+        args: Namespace,
+        load: Callable[[str], tuple[nn.Module, Any] | None],
+        make_pools: Callable[[nn.Module, Any], CachePools],
+    ):
         super().__init__(args)
         self._own_load = load
         self._make_pools = make_pools
-        self.pools = None
 
-    def load(self, model_path=None, adapter_path=None, draft_model_path=None):
+    def load(
+        self,
+        model_path: str | None = None,
+        adapter_path: str | None = None,
+        draft_model_path: str | None = None,
+    ) -> tuple[nn.Module, Any]:
         """Load the server's model at first use, whatever is named."""
         if self.model_key is None:
             args = self.cli_args
             self._load(args.model, args.adapter_path, args.draft_model)
         return self.model, self.tokenizer
 
-    def _load(self, model_path, adapter_path=None, draft_model_path=None):
+    def _load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> None:
         loaded = self._own_load(model_path)
         if loaded is None:
             super()._load(model_path, adapter_path, draft_model_path)
@@ -55,4 +72,5 @@ class Provider(ModelProvider):
         args = getattr(self.model, "args", None)
         text = getattr(args, "text_config", None)  # where models that see keep it
         text = text if isinstance(text, dict) else vars(text) if text else {}
-        return getattr(args, "vocab_size", None) or text.get("vocab_size")
+        size: int | None = getattr(args, "vocab_size", None) or text.get("vocab_size")
+        return size

@@ -39,7 +39,7 @@ class Session:
         self.explicit = explicit
         self.started = time.monotonic()
         self.gone = self.stopped = False
-        self.context = None
+        self.context: GenerationContext | None = None
         self.replies: Replies | None = None
         self.reservation: Reservation | None = None
         self.error: APIError | None = None
@@ -59,7 +59,7 @@ class Session:
         """What to tell who waits for an answer that has been stopped."""
         return ClientGoneError() if self.gone else stopping()
 
-    def admitted(self, context) -> None:
+    def admitted(self, context: GenerationContext) -> None:
         """mlx_lm's context has been made."""
         self.context = context
         if self.stopped:  # meanwhile
@@ -77,16 +77,16 @@ class Replies:
         ended: called with the session when nothing more will be put.
     """
 
-    def __init__(self, queue: Queue, session: Session, ended: Callable[[Session], None]):
+    def __init__(self, queue: Queue[object], session: Session, ended: Callable[[Session], None]):
         self._queue = queue
         self._session = session
         self._ended = ended
 
     def alone(self, published: Callable[[], None]) -> LoneReplies:
         """The same for a request that is served alone."""
-        return LoneReplies(self._queue, self._session, self._ended, published=published)
+        return LoneReplies(self._queue, self._session, self._ended, published)
 
-    def put(self, item) -> None:
+    def put(self, item: object) -> None:
         """Pass on what mlx_lm answers.
 
         That is its context, then tuples (prompt tokens processed, of how many), then a response
@@ -113,15 +113,23 @@ class LoneReplies(Replies):
     """The same for a request that mlx_lm serves alone, without a batch.
 
     Args:
+        queue: as for ``Replies``.
+        session: as for ``Replies``.
+        ended: as for ``Replies``.
         published: called after everything that is put.
-        options: as for ``Replies``.
     """
 
-    def __init__(self, *options, published: Callable[[], None]):
-        super().__init__(*options)
+    def __init__(
+        self,
+        queue: Queue[object],
+        session: Session,
+        ended: Callable[[Session], None],
+        published: Callable[[], None],
+    ):
+        super().__init__(queue, session, ended)
         self._published = published
 
-    def put(self, item) -> None:
+    def put(self, item: object) -> None:
         """Pass on what mlx_lm answers.
 
         Raises:
@@ -143,7 +151,7 @@ class Watch:
     A stream notices by itself, when it writes; an answer in one piece would not before its end.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = Lock()
         self._sessions: set[Session] = set()
         self._stopped = Event()
