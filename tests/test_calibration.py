@@ -61,6 +61,11 @@ def test_smoothing_evens_out_queries_and_keys():
     assert np.array(t) == pytest.approx(expected, rel=0.01)
 
 
+def test_statistics_of_no_tokens_have_no_centre():
+    with pytest.raises(ValueError, match="a centre needs tokens: none were added"):
+        calibration.Statistics(rope.constant(4)).centre()
+
+
 def statistics_of(keys, values, queries=None):
     """Statistics of two KV heads, ``(1, 2, n, 4)`` each, without an embedding."""
     statistics = calibration.Statistics(rope.constant(4))

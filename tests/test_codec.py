@@ -199,6 +199,15 @@ def test_memory_for_encoding_does_not_grow_with_the_prompt():
     assert peak(4096) < peak(4 * codec.SLICE) + 2.5 * 4 * 4096 * layout().row_bytes
 
 
+def test_a_centre_without_positions_is_refused():
+    page, centre, x = layout(head_dim=64), centres.random(2, 64), normal(2, 16, 64)
+    pages = mx.zeros((2, 1, page.page_bytes), mx.uint8)
+    with pytest.raises(ValueError, match="a centre needs the positions of the tokens"):
+        codec.encode(x, x, page, centre)
+    with pytest.raises(ValueError, match="a centre needs the positions of the tokens"):
+        codec.decode(pages, page, centre)
+
+
 class TestCentre:
     """Rows of two KV heads around a centre, encoded with it."""
 

@@ -63,6 +63,6 @@ def test_the_wheel_holds_the_shaders_the_text_and_the_licence(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     shaders = {f"vllm_metal_tq/metal/{file.name}" for file in (root / "metal").iterdir()}
     assert shaders <= set(names)
-    assert "vllm_metal_tq/data/alice.txt" in names
+    assert {"vllm_metal_tq/data/alice.txt", "vllm_metal_tq/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "docs/", "benchmarks/")) for name in names)

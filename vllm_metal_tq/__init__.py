@@ -1,6 +1,7 @@
 """TurboQuant KV-cache compression for MLX: 2-8 bits an element, in pages."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -12,7 +13,22 @@ _HOMES = {
     "save_prompt_cache": ".integrations.mlx_lm",
 }
 
-__all__ = [*_HOMES]
+__all__ = [
+    "TurboQuantConfig",
+    "TurboQuantKVCache",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "save_prompt_cache",
+]
+
+if TYPE_CHECKING:
+    from .config import TurboQuantConfig
+    from .integrations.mlx_lm import (
+        TurboQuantKVCache,
+        load_prompt_cache,
+        make_prompt_cache,
+        save_prompt_cache,
+    )
 
 
 def __getattr__(name: str) -> object:

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from . import common, prompts
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from ..types import PromptCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
     print(file)  # alone on its line, so that it can be copied
 
 
-def _process(args: argparse.Namespace, model, prompt: list[int], cache: list) -> None:
+def _process(
+    args: argparse.Namespace, model: nn.Module, prompt: list[int], cache: PromptCache
+) -> None:
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 

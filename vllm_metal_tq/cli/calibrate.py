@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..config import CALIBRATION_TOKENS
+from ..config import CALIBRATION_TOKENS, TurboQuantConfig
 from . import common
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from ..calibration import Calibration
 
 PROBED_TOKENS = 385  # that widths are chosen on: every layer runs over them twice
 
@@ -77,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
     print(file)  # alone on its line, so that it can be copied
 
 
-def _widths(model, tokens: list[int], calibration, budget: float):
+def _widths(
+    model: nn.Module, tokens: list[int], calibration: Calibration, budget: float
+) -> TurboQuantConfig:
     """Widths for each layer within a budget of bits."""
     from .. import budget as budgets
     from ..integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..config import DEFAULT_PRESET, PRESETS, QUANT_NAMES, TurboQuantConfig
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..calibration import Calibration
+    from ..layout import PageLayout
+    from ..types import Tokenizer
 
 DEMO_MODEL = "demo"
 
@@ -59,15 +68,16 @@ def add_layers_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def scheme(args: argparse.Namespace, calibration=None) -> TurboQuantConfig:
+def scheme(args: argparse.Namespace, calibration: Calibration | None = None) -> TurboQuantConfig:
     """The config that the scheme arguments name, or else the calibration's where it has one."""
-    names = {name: getattr(args, name, None) for name in ("preset", "k_quant", "v_quant", "layers")}
+    given = ("preset", "k_quant", "v_quant", "layers")
+    names: dict[str, Any] = {name: getattr(args, name, None) for name in given}
     if calibration and calibration.config and not any(names.values()):
         return calibration.config
     return TurboQuantConfig.from_names(**names)
 
 
-def page_layout(args: argparse.Namespace):
+def page_layout(args: argparse.Namespace) -> PageLayout:
     """The pages that the scheme arguments and ``--head-dim`` name, where kernels can read them.
 
     Raises:
@@ -82,12 +92,12 @@ def page_layout(args: argparse.Namespace):
     return layout
 
 
-def scheme_fields(config: TurboQuantConfig) -> dict:
+def scheme_fields(config: TurboQuantConfig) -> dict[str, str | None]:
     """The config as ``--json`` states it."""
     return {"preset": config.preset, "k_quant": config.k_quant, "v_quant": config.v_quant}
 
 
-def load_model(name: str):
+def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
     """Load ``(model, tokenizer)`` by the name given as ``--model``.
 
     Raises:
@@ -106,7 +116,9 @@ def load_model(name: str):
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
 
 
-def calibration_for(args: argparse.Namespace, model, tokenizer):
+def calibration_for(
+    args: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer
+) -> Calibration | None:
     """The calibration that the arguments ask for: read, or made and kept where there is none.
 
     Returns:
@@ -129,7 +141,7 @@ def calibration_for(args: argparse.Namespace, model, tokenizer):
         return find_or_calibrate(model, tokenizer, args.model, advance)
 
 
-def calibrate(model, token_ids: list[int]):
+def calibrate(model: nn.Module, token_ids: list[int]) -> Calibration:
     """Calibrate a model under a progress bar."""
     from ..integrations import mlx_lm
 
@@ -154,7 +166,7 @@ def read_text(name: str | None, shipped: str) -> str:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator:
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show progress on standard error; yields a function of (done, total)."""
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
@@ -165,7 +177,7 @@ def progress_bar(label: str) -> Iterator:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def print_json(fields: dict) -> None:
+def print_json(fields: Mapping[str, object]) -> None:
     """Print one JSON object to standard output."""
     print(json.dumps(fields))
 

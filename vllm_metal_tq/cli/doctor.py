@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from . import common
+
+if TYPE_CHECKING:
+    from ..kernels.selfcheck import Check
+    from ..layout import PageLayout
 
 EXECUTORS = {
     "metal": "Metal GPU",
@@ -34,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     return int(not all(check.ok for check in checks))
 
 
-def _print_json(there: dict, executor: str, checks: list, layout) -> None:
+def _print_json(
+    there: dict[str, str | None], executor: str, checks: list[Check], layout: PageLayout
+) -> None:
     from ..bench import clock
 
     for check in checks:
@@ -46,7 +53,9 @@ def _print_json(there: dict, executor: str, checks: list, layout) -> None:
     common.print_json(clock.machine() | {"executor": executor, "kernels": kernels, "ok": ok})
 
 
-def _print_tables(there: dict, executor: str, checks: list, layout) -> None:
+def _print_tables(
+    there: dict[str, str | None], executor: str, checks: list[Check], layout: PageLayout
+) -> None:
     from ..bench import clock
 
     machine = clock.machine()
@@ -62,7 +71,7 @@ def _print_tables(there: dict, executor: str, checks: list, layout) -> None:
     print(_verdict(executor, checks, layout))
 
 
-def _complaint(check) -> str:
+def _complaint(check: Check) -> str:
     return f"{check.name} {check.variant or ''}".strip() + f": {check.message}"
 
 
@@ -82,7 +91,7 @@ def _availability() -> dict[str, str | None]:
     }
 
 
-def _checks(executor: str, layout) -> list:
+def _checks(executor: str, layout: PageLayout) -> list[Check]:
     """Every kernel's check, by the executor."""
     from ..kernels import launch, selfcheck
 
@@ -95,12 +104,12 @@ def _checks(executor: str, layout) -> list:
     return selfcheck.check(layout, launch.on_gpu, centred=True)
 
 
-def _row(check) -> list[str]:
+def _row(check: Check) -> list[str]:
     error = "" if check.max_rel_error is None else f"{check.max_rel_error:.1e}"
     return [check.name, check.variant or "", "ok" if check.ok else "WRONG", error]
 
 
-def _verdict(executor: str, checks: list, layout) -> str:
+def _verdict(executor: str, checks: list[Check], layout: PageLayout) -> str:
     if executor == "reference":
         return "not checked: no GPU and no simulator here, so plain MLX operations do all the work"
     scheme = f"{layout.config.label}, head_dim {layout.head_dim}"

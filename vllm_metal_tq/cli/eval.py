@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config import TurboQuantConfig
 from . import common
 
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..types import MakeCaches
+
 # Options of one mode alone, and their defaults.
-_OPTIONS = {
+_OPTIONS: dict[str, dict[str, int | None]] = {
     "needle": {"depths": 10},
     "gsm8k": {"questions": 20, "shots": 5, "max_tokens": 256},
     "sweep": {"schemes": None},
@@ -242,7 +248,9 @@ def _schemes(names: str | None) -> list[TurboQuantConfig]:
     return found
 
 
-def _caches(args: argparse.Namespace, model, tokenizer) -> tuple[TurboQuantConfig, Callable]:
+def _caches(
+    args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper
+) -> tuple[TurboQuantConfig, MakeCaches]:
     """The config, and what makes caches with it under the conditions of decoding."""
     from ..evaluate import compressed
 
@@ -258,7 +266,7 @@ def _two_columns(rows: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _wrote(args: argparse.Namespace, name: str, fields: dict, markdown: str) -> bool:
+def _wrote(args: argparse.Namespace, name: str, fields: dict[str, Any], markdown: str) -> bool:
     """Write what ``--out`` asks for; print JSON if ``--json`` does, and return whether it did."""
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -267,4 +275,4 @@ def _wrote(args: argparse.Namespace, name: str, fields: dict, markdown: str) -> 
         (args.out / f"{name}.md").write_text(markdown, encoding="utf-8")
     if args.json:
         common.print_json(fields)
-    return args.json
+    return bool(args.json)

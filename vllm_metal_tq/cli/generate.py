@@ -6,8 +6,18 @@ Flags have the names and defaults of ``mlx_lm.generate`` where both have them.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from . import common, prompts
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.generate import GenerationResponse
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..config import TurboQuantConfig
+    from ..types import Progress, PromptCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +120,9 @@ def _check(args: argparse.Namespace) -> None:
                 raise ValueError(f"{prompts.flag(other)} cannot be given with {reason}")
 
 
-def _cache(args: argparse.Namespace, model, tokenizer):
+def _cache(
+    args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper
+) -> tuple[TurboQuantConfig, PromptCache]:
     """The config of the cache to generate with, and the cache."""
     from ..integrations import mlx_lm as ours
 
@@ -121,14 +133,17 @@ def _cache(args: argparse.Namespace, model, tokenizer):
     return next(widths, common.scheme(args)), cache
 
 
-def _drafter(args: argparse.Namespace, model, tokenizer, cache: list):
+def _drafter(
+    args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper, cache: PromptCache
+) -> tuple[nn.Module | None, PromptCache]:
     """The draft model, if any, and its cache: compressed like the model's, layers aside."""
     if not args.draft_model and not args.prompt_lookup:
         return None, []
     from ..integrations.mlx_lm import lookup
 
     name, number = "prompt_lookup", args.prompt_lookup
-    draft_model, draft_cache = None, []
+    draft_model: nn.Module | None = None
+    draft_cache: PromptCache = []
     if args.draft_model:
         name, number = "num_draft_tokens", args.num_draft_tokens
         draft_model, its = common.load_model(args.draft_model)
@@ -148,7 +163,14 @@ def _drafter(args: argparse.Namespace, model, tokenizer, cache: list):
     return draft_model, draft_cache
 
 
-def _stream(args: argparse.Namespace, model, tokenizer, prompt: list[int], cache, draft_model):
+def _stream(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    cache: PromptCache,
+    draft_model: nn.Module | None,
+) -> tuple[str, GenerationResponse, int]:
     """Generate; returns the text, mlx_lm's last response, and how many tokens were drafted."""
     text, drafted = "", 0
     with common.progress_bar("prompt") as advance:
@@ -163,7 +185,15 @@ def _stream(args: argparse.Namespace, model, tokenizer, prompt: list[int], cache
         response = next(responses)
 
 
-def _responses(args: argparse.Namespace, model, tokenizer, prompt, cache, draft_model, advance):
+def _responses(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    cache: PromptCache,
+    draft_model: nn.Module | None,
+    advance: Progress,
+) -> Iterator[GenerationResponse]:
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING, cast
 
 from . import common
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..config import TurboQuantConfig
+    from ..types import PromptCache
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
 _QUERY = "<query>"  # takes the place of a prompt in the chat template
@@ -57,7 +65,9 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def empty_cache(args: argparse.Namespace, model, tokenizer):
+def empty_cache(
+    args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper
+) -> tuple[TurboQuantConfig, PromptCache]:
     """The config that the arguments ask for, and a cache of it."""
     from ..integrations import mlx_lm as ours
 
@@ -67,7 +77,11 @@ def empty_cache(args: argparse.Namespace, model, tokenizer):
 
 
 def tokens(
-    args: argparse.Namespace, tokenizer, *, begins: bool = True, ends: bool = True
+    args: argparse.Namespace,
+    tokenizer: TokenizerWrapper,
+    *,
+    begins: bool = True,
+    ends: bool = True,
 ) -> list[int]:
     """The prompt as token ids, under the chat template where there is one.
 
@@ -85,17 +99,18 @@ def tokens(
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(prompt)
+        return cast(list[int], tokenizer.encode(prompt))
 
     def templated(content: str) -> str:
         messages = [{"role": "user", "content": content}]
         if args.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": args.system_prompt})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return cast(str, text)
 
     start = templated(_QUERY).index(_QUERY)
     if ends:
         text = templated(prompt)[0 if begins else start :]
     else:
         text = templated(_QUERY)[:start] + prompt
-    return tokenizer.encode(text, add_special_tokens=False)
+    return cast(list[int], tokenizer.encode(text, add_special_tokens=False))

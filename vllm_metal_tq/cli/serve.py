@@ -9,8 +9,16 @@ import argparse
 import json
 import logging
 import signal
+from typing import TYPE_CHECKING
 
 from . import common
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..integrations.mlx_lm import CachePools
+    from ..integrations.mlx_lm.server import Server
 
 METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -161,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
         provider.pools.detach()
 
 
-def _listen(server, model: str) -> None:
+def _listen(server: Server, model: str) -> None:
     """Answer clients until interrupted or told to terminate."""
     # A service manager ends us with this signal.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -188,12 +196,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--chat-template-args must be a JSON object")
 
 
-def _load(name: str):
+def _load(name: str) -> tuple[nn.Module, TokenizerWrapper] | None:
     """What mlx_lm does not know how to load, or None."""
     return common.load_model(name) if name == common.DEMO_MODEL else None
 
 
-def _pools(args: argparse.Namespace, model, tokenizer):
+def _pools(args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper) -> CachePools:
     """The page pools that the arguments ask for."""
     from ..integrations.mlx_lm import CachePools
 
@@ -214,7 +222,7 @@ def default_budget() -> int | None:
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if recommended is None:
         return None
-    left = int(METAL_SHARE * (recommended - mx.get_active_memory()))
+    left = int(METAL_SHARE * (int(recommended) - mx.get_active_memory()))
     if left <= 0:
         raise ValueError("the weights leave no memory for a KV cache: set --kv-budget to try")
     return left
