@@ -12,6 +12,7 @@ from . import calibrate as calibrate_command
 from . import doctor as doctor_command
 from . import eval as eval_command
 from . import generate as generate_command
+from . import plan as plan_command
 from . import serve as serve_command
 
 _COMMANDS = {
@@ -19,6 +20,7 @@ _COMMANDS = {
     "cache-prompt": cache_prompt_command,
     "serve": serve_command,
     "eval": eval_command,
+    "plan": plan_command,
     "calibrate": calibrate_command,
     "bench": bench_command,
     "doctor": doctor_command,

@@ -1,0 +1,93 @@
+"""What a Mac offers: memory that a process may use, and its bandwidth."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+CHIPS = {
+    "M1": 68.25,
+    "M1 Pro": 200,
+    "M1 Max": 400,
+    "M1 Ultra": 800,
+    "M2": 100,
+    "M2 Pro": 200,
+    "M2 Max": 400,
+    "M2 Ultra": 800,
+    "M3": 100,
+    "M3 Pro": 150,
+    "M3 Max": 400,
+    "M3 Ultra": 819,
+    "M4": 120,
+    "M4 Pro": 273,
+    "M4 Max": 546,
+    "M5": 153,
+}
+"""Memory bandwidth in GB/s as Apple states it, of each chip's largest version."""
+
+TWO_THIRDS_UP_TO = 36 * GIB
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A Mac's memory.
+
+    Attributes:
+        memory_bytes: all of it.
+        working_set_bytes: what macOS recommends that a process uses of it on the GPU.
+        measured: whether this machine has said so; else it is estimated from its memory.
+    """
+
+    memory_bytes: int
+    working_set_bytes: int
+    measured: bool = False
+
+
+def bandwidth(chip: str) -> float:
+    """Bytes per second of a chip's memory.
+
+    Raises:
+        ValueError: its name is not known.
+    """
+    known = {name.lower().replace(" ", ""): name for name in CHIPS}
+    name = known.get(re.sub(r"[\s_-]|apple", "", chip.lower()))
+    if name is None:
+        raise ValueError(f"--chip {chip!r} is unknown: allowed are {', '.join(CHIPS)}")
+    return CHIPS[name] * 1e9
+
+
+def memory_size(text: str) -> int:
+    """Bytes of a size such as ``8GB``, in units of 1024, in which memory is sold.
+
+    Raises:
+        ValueError: it is no such size, or not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])i?B?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * 1024 ** (2 + "MGT".index(found[2].upper()))) if found else 0
+    if size < 1:
+        raise ValueError(f"--memory {text!r} is no size: expected such as 8GB or 512MB")
+    return size
+
+
+def estimated(memory_bytes: int) -> Machine:
+    """A Mac with so much memory.
+
+    Metal's ``recommendedMaxWorkingSetSize`` as others have read it: 2/3 of 8, 16 and 32 GB, 3/4 of
+    64 and 96 GB (docs/planner.md cites them). No one has told us where it changes; 36 GB is taken
+    to be the last with 2/3.
+    """
+    part, whole = (2, 3) if memory_bytes <= TWO_THIRDS_UP_TO else (3, 4)
+    return Machine(memory_bytes, memory_bytes * part // whole)
+
+
+def this_mac() -> Machine | None:
+    """The Mac that runs this, as MLX describes it; None where there is no Metal."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    limit = info.get("max_recommended_working_set_size")
+    if limit is None:
+        return None
+    return Machine(int(info["memory_size"]), int(limit), measured=True)
