@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import common
 from .serve import METAL_SHARE, size
+
+if TYPE_CHECKING:
+    from ..plan.machine import Machine
+    from ..plan.plan import Plan, Question, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,26 +59,24 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         common.print_json(made.fields())
     else:
-        _print(made, args.chip)
+        _print(made)
 
 
-def _question(args: argparse.Namespace):
+def _question(args: argparse.Namespace) -> Question:
     from ..plan import machine, models, plan, sources
 
-    bandwidth = args.chip and machine.bandwidth(args.chip)
-    mac = _mac(args.memory)
     config, file_bytes = sources.find(args.model)
     return plan.Question(
         models.read(args.model, config),
-        mac,
+        _mac(args.memory),
         cache_share=METAL_SHARE,
-        kv_budget=args.kv_budget and _budget(args.kv_budget),
+        kv_budget=_budget(args.kv_budget) if args.kv_budget else None,
         weights_bits=args.weights_bits,
         file_bytes=file_bytes,
         context=args.context,
         concurrency=args.concurrency,
         engine=args.engine,
-        bandwidth=bandwidth,
+        bandwidth=machine.bandwidth(args.chip) if args.chip else None,
     )
 
 
@@ -83,7 +87,7 @@ def _budget(text: str) -> int:
         raise ValueError(f"--kv-budget {text!r} is no size: expected such as 2GB") from None
 
 
-def _mac(memory: str | None):
+def _mac(memory: str | None) -> Machine:
     """The Mac that was asked for; where it is the one that runs this, it says what it allows."""
     from ..plan import machine
 
@@ -96,7 +100,7 @@ def _mac(memory: str | None):
     return here if here and here.memory_bytes == wanted else machine.estimated(wanted)
 
 
-def _print(plan, chip: str | None) -> None:
+def _print(plan: Plan) -> None:
     question = plan.question
     source = "says this Mac" if question.machine.measured else "estimate"
     limit = question.model.max_position
@@ -111,42 +115,51 @@ def _print(plan, chip: str | None) -> None:
             "context the model was made for": f"{limit:,}" if limit else "unknown",
         }
     )
-    rate = chip and plan.decode_context
-    header = _header(plan, rate)
-    rows = [_cells(plan, row, rate) for row in plan.rows]
-    noted = any(row.note for row in plan.rows)
-    common.print_columns(header + ["note"] * noted, [row[: len(header) + noted] for row in rows])
-    if limit and any(row.max_context and row.max_context > limit for row in plan.rows):
+    columns = _columns(plan)
+    common.print_columns(
+        list(columns), [[cell(row) for cell in columns.values()] for row in plan.rows]
+    )
+    if any(_is_beyond(plan, row) for row in plan.rows):
         print("* longer than the model was made for")
-    if rate:
+    if question.bandwidth and plan.decode_context:
         print(
-            f"tok/s on {chip}: an estimate from above, bytes of weights and cache over its "
-            f"bandwidth ({question.bandwidth / 1e9:g} GB/s), at {rate:,} tokens"
+            "tok/s: an estimate from above, bytes of weights and cache over a bandwidth of "
+            f"{question.bandwidth / 1e9:g} GB/s, at {plan.decode_context:,} tokens"
         )
 
 
-def _header(plan, rate) -> list[str]:
+def _columns(plan: Plan) -> dict[str, Callable[[Row], str]]:
+    """Header -> what a row has below it."""
     from ..plan.plan import CONTEXT
 
     question = plan.question
-    count, context = question.concurrency or 1, question.context or CONTEXT
-    header = ["cache", "bytes a token", "longest context" + (f" of {count}" * (count > 1))]
-    header.append(f"sequences of {context:,}")
-    header += ["tok/s, estimate"] if rate else []
-    return [*header, f"fits {count} x {context:,}"] if question.context else header
+    sequences, context = question.concurrency or 1, question.context or CONTEXT
+    columns: dict[str, Callable[[Row], str]] = {
+        "cache": lambda row: f"[bold cyan]{row.scheme.name}[/]" if row.ours else row.scheme.name,
+        "bytes a token": lambda row: _number(row.bytes_per_token),
+        "longest context" + (f" of {sequences}" if sequences > 1 else ""): lambda row: (
+            ("any" if row.cache and row.max_context is None else _number(row.max_context))
+            + (" *" if _is_beyond(plan, row) else "")
+        ),
+        f"sequences of {context:,}": lambda row: _number(row.max_concurrency),
+    }
+    if question.bandwidth:
+        columns["tok/s, estimate"] = lambda row: _number(plan.decode_rate(row), ",.1f")
+    if question.context:
+        columns[f"fits {sequences} x {context:,}"] = lambda row: _yes_or_no(row.fits)
+    if any(row.note for row in plan.rows):
+        columns["note"] = lambda row: f"[dim]{row.note}[/]"
+    return columns
 
 
-def _cells(plan, row, rate) -> list[str]:
-    """The cells of a row, its note last."""
-    name = f"[bold cyan]{row.scheme.name}[/]" if row.scheme.config else row.scheme.name
-    note = f"[dim]{row.note}[/]"
-    if row.cache is None:
-        return [name, *[""] * (len(_header(plan, rate)) - 1), note]
-    longest, limit = row.max_context, plan.question.model.max_position
-    beyond = " *" if limit and longest and longest > limit else ""
-    cells = [name, f"{row.cache.token_bytes:,}"]
-    cells += ["any" if longest is None else f"{longest:,}{beyond}", f"{row.max_concurrency:,}"]
-    cells += [f"{plan.decode_rate(row):,.1f}"] if rate else []
-    if row.fits is not None:
-        cells.append("[green]yes[/]" if row.fits else "[red]no[/]")
-    return [*cells, note]
+def _is_beyond(plan: Plan, row: Row) -> bool:
+    limit = plan.question.model.max_position
+    return bool(limit and row.max_context and row.max_context > limit)
+
+
+def _number(value: float | None, style: str = ",") -> str:
+    return "" if value is None else format(value, style)
+
+
+def _yes_or_no(value: bool | None) -> str:
+    return {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[value]

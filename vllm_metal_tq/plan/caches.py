@@ -2,25 +2,24 @@
 
 Whole blocks are counted, the last tokens that are kept as they came, windows and states. Two
 engines allocate differently: mlx_lm, whose layers each have a cache of their own, and vLLM, whose
-layers take blocks of one pool in turns.
+layers share the blocks of one pool.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 from ..config import TurboQuantConfig
 from ..layout import PageLayout
 from ..tail import TAIL
 from .models import Layer, Model
 
+BLOCK = TurboQuantConfig.block_size  # tokens of a compressed block, and of vLLM's
 MLX_STEP = 256  # tokens by which mlx_lm's caches grow
 MLX_GROUP = 64  # elements that share a scale and a bias in its quantised cache, 2 bytes each
-VLLM_BLOCK = 16  # tokens
-VLLM_CHUNK = 2048  # tokens of a batch, --max-num-batched-tokens
 
 
 class Unsupported(ValueError):  # noqa: N818 (its name says what it is)
@@ -55,18 +54,47 @@ class Scheme:
         return TAIL * layer.bf16_token_bytes if self.config is not None else 0
 
 
-class Cache(Protocol):
+@dataclass(frozen=True)
+class Cache(ABC):
     """The cache of a model in one engine and scheme."""
 
-    token_bytes: int
-    """What one more token takes where all windows are full, blocks aside."""
+    model: Model
+    scheme: Scheme
 
+    @property
+    @abstractmethod
+    def token_bytes(self) -> int:
+        """What one more token takes where all windows are full, blocks aside."""
+
+    @abstractmethod
     def nbytes(self, tokens: int, sequences: int = 1) -> int:
         """Bytes for so many sequences of so many tokens each."""
 
+    def compresses(self, layer: Layer) -> bool:
+        """Whether this layer's cache is ours."""
+        return self.scheme.config is not None and layer.is_attention
+
+    @cached_property
+    def num_compressed(self) -> int:
+        """Layers whose cache is ours."""
+        return sum(map(self.compresses, self.model.layers))
+
+    def layer_bytes(self, layer: Layer) -> int:
+        """Bytes of one token in one layer."""
+        if self.scheme.mlx_bits is not None or self.compresses(layer):
+            return self.scheme.token_bytes(layer)
+        return layer.bf16_token_bytes
+
+    def read_bytes(self, tokens: int) -> int:
+        """Bytes that a decode step reads for a sequence of so many tokens."""
+        return sum(
+            layer.state_bytes + min(tokens, layer.window or tokens) * self.layer_bytes(layer)
+            for layer in self.model.layers
+        )
+
 
 @dataclass(frozen=True)
-class MlxCache:
+class MlxCache(Cache):
     """mlx_lm's caches, ours in the place of those that can be compressed.
 
     Ours are allocated by the block within ``serve --kv-budget``; without a budget they grow by an
@@ -76,10 +104,7 @@ class MlxCache:
         Unsupported: mlx_lm has no quantised cache for this model.
     """
 
-    model: Model
-    scheme: Scheme
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scheme.mlx_bits is None:
             return
         if any(layer.window for layer in self.model.layers):
@@ -93,160 +118,107 @@ class MlxCache:
                 raise Unsupported(f"mlx_lm quantises no head_dim of {layer.key_dim}")
 
     def compresses(self, layer: Layer) -> bool:
-        """Whether this layer's cache is ours."""
-        plain = layer.is_attention and not layer.window and not layer.shared
-        return self.scheme.config is not None and plain
-
-    @property
-    def num_compressed(self) -> int:
-        """Layers whose cache is ours."""
-        return sum(map(self.compresses, self.model.layers))
+        """Whether this layer's cache is ours: no window, and no other layer reads it."""
+        return super().compresses(layer) and not layer.window and not layer.shared
 
     @cached_property
     def token_bytes(self) -> int:
         """See ``Cache``."""
-        return sum(map(self._token_bytes, (la for la in self.model.layers if not la.window)))
-
-    def _token_bytes(self, layer: Layer) -> int:
-        if self.scheme.mlx_bits is not None or self.compresses(layer):
-            return self.scheme.token_bytes(layer)
-        return layer.bf16_token_bytes
+        return sum(self.layer_bytes(layer) for layer in self.model.layers if not layer.window)
 
     def nbytes(self, tokens: int, sequences: int = 1) -> int:
         """See ``Cache``."""
         each = Counter(self.model.layers)  # few kinds of many layers
-        return sequences * sum(n * self._layer_bytes(la, tokens) for la, n in each.items())
+        return sequences * sum(n * self._nbytes(layer, tokens) for layer, n in each.items())
 
-    def _layer_bytes(self, layer: Layer, tokens: int) -> int:
-        ours = self.compresses(layer)
-        kept = _rounded(tokens, self.scheme.config.block_size if ours else MLX_STEP)
+    def _nbytes(self, layer: Layer, tokens: int) -> int:
+        if self.compresses(layer):
+            tail = self.scheme.tail_bytes(layer) if tokens else 0
+            return _rounded(tokens, BLOCK) * self.layer_bytes(layer) + tail
+        kept = _rounded(tokens, MLX_STEP)
         if layer.window:
             kept = min(kept, layer.window)
-        tail = self.scheme.tail_bytes(layer) if ours and tokens else 0
-        return layer.state_bytes + kept * self._token_bytes(layer) + tail
+        return layer.state_bytes + kept * self.layer_bytes(layer)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Layers that share a block table in vLLM: as many as take one block together."""
+class VllmCache(Cache):
+    """Blocks as vLLM's planner divides a budget into them, for the layers that vllm-metal names.
 
-    window: int
-    is_state: bool
-    block_size: int
+    Every attention layer keeps the whole context, windows too, and all take one block together.
+    In a hybrid model the other layers, in groups of as many, take blocks of the same pool for
+    their states, and a block is as long as it takes to cover a state.
 
-    def blocks(self, tokens: int, chunk: int) -> int:
-        """The most blocks that a sequence of so many tokens holds at a time."""
-        if self.is_state:
-            return 1
-        if not self.window:
-            return -(-tokens // self.block_size)
-        # A window may begin within a block: hence one more.
-        return -(-min(self.window - 1 + chunk, tokens) // self.block_size) + 1
-
-
-@dataclass(frozen=True)
-class VllmCache:
-    """Blocks as vLLM's planner divides a budget into them; with the plugin, of compressed pages.
-
-    Layers of one kind (full attention, a window, a state) are split into groups of as many layers,
-    which take blocks of one pool in turns; a block is as large as the layers of a group. Where
-    layers of different kinds have pages of different sizes, smaller ones hold more tokens.
+    Outside of blocks vllm-metal holds out states while their pool grows; and the plugin, for each
+    sequence, its last tokens as they came, and for one, what a layer keeps of it, uncompressed.
 
     Raises:
         Unsupported: the plugin refuses the model, or its layers are planned in another way.
     """
 
-    model: Model
-    scheme: Scheme
-    chunk: int = VLLM_CHUNK
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scheme.mlx_bits is not None:
             raise Unsupported("vLLM does not offer it")
-        compressed = self.scheme.config is not None
-        if compressed and any(la.kv_heads and not la.is_attention for la in self.model.layers):
+        shared = any(layer.shared for layer in self.model.layers)
+        if self.scheme.config is None:
+            shapes = {(layer.kv_heads, layer.key_dim) for layer in self._attention}
+            if len(shapes) > 1 and any(layer.window for layer in self._attention) and not shared:
+                raise Unsupported("vllm-metal's blocks for windows of other shapes: not modelled")
+        elif not all(layer.is_attention for layer in self._attention):
             raise Unsupported("the plugin refuses latents (MLA)")
-        if compressed and any(layer.shared for layer in self.model.layers):
+        elif shared:
             raise Unsupported("the plugin refuses layers that read the cache of others")
-        sizes = set(map(self.scheme.token_bytes, self._attention))
-        if not self._is_uniform and compressed and len(sizes) > 1:
-            raise Unsupported("the plugin refuses windows beside full attention of another size")
-        if not self._is_uniform and any(max(sizes) % size for size in sizes):
-            raise Unsupported("layers of several kinds and sizes: vLLM's plan is not modelled")
+        if 0 < self.num_states < 1.5 * len(self._attention):
+            raise Unsupported("vLLM's blocks for so few states beside attention: not modelled")
 
-    @property
+    @cached_property
     def _attention(self) -> list[Layer]:
         return [layer for layer in self.model.layers if layer.kv_heads]
 
-    @property
-    def _is_uniform(self) -> bool:
-        """Whether all layers keep as many tokens: vLLM puts them into one group then."""
-        return len({(layer.window, layer.state_bytes > 0) for layer in self.model.layers}) == 1
-
     @cached_property
-    def block_size(self) -> int:
-        """Tokens of a block of the layer with the largest pages, which cover a state."""
-        state = max((layer.state_bytes for layer in self.model.layers), default=0)
-        return max(_rounded(-(-state // self._widest), VLLM_BLOCK), VLLM_BLOCK)
-
-    @property
-    def _widest(self) -> int:
-        """The most bytes of a token in one layer."""
-        return max(map(self.scheme.token_bytes, self._attention))
-
-    @cached_property
-    def _groups(self) -> tuple[list[_Group], int]:
-        """The groups, and how many layers the largest has."""
-        if self._is_uniform:
-            return [_Group(self.model.layers[0].window, False, self.block_size)], 1
-        counts = Counter(map(self._group, self.model.layers))
-        size = min(counts.values())
-        if max(counts.values()) < 1.5 * size:  # vLLM's rule: better to leave a few places empty
-            size = max(counts.values())
-        numbers = {group: -(-count // size) for group, count in counts.items()}
-        largest = max(-(-counts[group] // number) for group, number in numbers.items())
-        return [group for group, number in numbers.items() for _ in range(number)], largest
-
-    def _group(self, layer: Layer) -> _Group:
-        if layer.state_bytes:
-            return _Group(0, True, self.block_size)
-        fewer = self._widest // self.scheme.token_bytes(layer)
-        return _Group(layer.window, False, self.block_size * fewer)
-
-    @cached_property
-    def block_bytes(self) -> int:
-        """Bytes of one block in all layers that share it."""
-        if self._is_uniform:
-            return self.block_size * sum(map(self.scheme.token_bytes, self._attention))
-        return self.block_size * self._groups[1] * self._widest
-
-    @cached_property
-    def tail_bytes(self) -> int:
-        """Bytes outside of blocks for each sequence: its last tokens as they came."""
-        return sum(map(self.scheme.tail_bytes, self._attention))
-
-    @property
-    def num_compressed(self) -> int:
-        """Layers whose pages are ours."""
-        return len(self._attention) if self.scheme.config is not None else 0
+    def num_states(self) -> int:
+        """Layers that keep a state."""
+        return len(self.model.layers) - len(self._attention)
 
     @cached_property
     def token_bytes(self) -> int:
-        """See ``Cache``; places that are left empty in a block are counted."""
-        growing = [group for group in self._groups[0] if not group.window and not group.is_state]
-        return sum(self.block_bytes // group.block_size for group in growing)
+        """See ``Cache``."""
+        return sum(map(self.layer_bytes, self._attention))
 
-    def num_blocks(self, budget: int, sequences: int = 1) -> int:
-        """Blocks that vLLM plans where so many sequences run at most, its own one included."""
-        return max(budget - sequences * self.tail_bytes, 0) // self.block_bytes
+    @cached_property
+    def block_size(self) -> int:
+        """Tokens of a block, in whose bytes of a layer a state fits."""
+        state = max(layer.state_bytes for layer in self.model.layers)
+        tokens = -(-state // max(map(self.layer_bytes, self._attention)))
+        return max(_rounded(tokens, BLOCK), BLOCK)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers that take it together."""
+        return self.block_size * self.token_bytes
+
+    def held_out(self, tokens: int, sequences: int = 1) -> int:
+        """Bytes outside of blocks for ``--max-model-len`` and ``--max-num-seqs``."""
+        states = sum(layer.state_bytes for layer in self.model.layers)
+        growing = 2 * min(sequences, 2) - 1  # as vllm-metal's cache_policy.py has it
+        held = growing * states
+        if self.scheme.config is not None:
+            held += sequences * sum(map(self.scheme.tail_bytes, self._attention))
+            held += tokens * max(layer.bf16_token_bytes for layer in self._attention)
+        return held
+
+    def num_blocks(self, budget: int, tokens: int, sequences: int = 1) -> int:
+        """Blocks that vLLM plans for these limits, its own one included."""
+        return max(budget - self.held_out(tokens, sequences), 0) // self.block_bytes
 
     def nbytes(self, tokens: int, sequences: int = 1) -> int:
         """See ``Cache``; vLLM keeps one block for itself."""
-        blocks = sum(group.blocks(tokens, self.chunk) for group in self._groups[0])
-        return (sequences * blocks + 1) * self.block_bytes + sequences * self.tail_bytes
+        groups = -(-self.num_states // len(self._attention))
+        blocks = sequences * (-(-tokens // self.block_size) + groups) + 1
+        return blocks * self.block_bytes + self.held_out(tokens, sequences)
 
 
-ENGINES = {"mlx_lm": MlxCache, "vllm": VllmCache}
+ENGINES: dict[str, type[Cache]] = {"mlx_lm": MlxCache, "vllm": VllmCache}
 
 
 def _rounded(count: int, step: int) -> int:

@@ -18,15 +18,16 @@ def draw(plan: Plan, file: str, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a plot needs matplotlib: pip install 'vllm-metal-tq[plot]'") from None
-    rows = [row for row in plan.rows if row.cache and row.max_context is not None]
-    figure = Figure(figsize=(9, 1 + 0.45 * len(rows)), layout="constrained")
+    longest = {row.scheme.name: row.max_context for row in plan.rows if row.max_context is not None}
+    ours = {row.scheme.name for row in plan.rows if row.ours}
+    figure = Figure(figsize=(9, 1 + 0.45 * len(longest)), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.barh(
-        [row.scheme.name for row in rows],
-        [row.max_context for row in rows],
-        color=[OURS if row.scheme.config else THEIRS for row in rows],
+        list(longest),
+        list(longest.values()),
+        color=[OURS if name in ours else THEIRS for name in longest],
     )
-    axes.bar_label(bars, labels=[f"{row.max_context:,}" for row in rows], padding=4)
+    axes.bar_label(bars, labels=[f"{tokens:,}" for tokens in longest.values()], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set(xlabel="longest context that fits, tokens", title=title)

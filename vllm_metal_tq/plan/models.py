@@ -6,10 +6,11 @@ many elements its weights have. Vision and audio towers are left out, as mlx_lm 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 from .weights import NOTHING, Weights, linear, vector
 
@@ -64,7 +65,7 @@ class Model:
     layers: tuple[Layer, ...]
     weights: Weights
     max_position: int | None
-    quantization: Mapping
+    quantization: Mapping[str, Any]
 
     def weight_bytes(self, bits: int | None, part: Weights | None = None) -> int:
         """Bytes of the weights in ``bits``, or as they were published where it is None.
@@ -95,7 +96,7 @@ class Model:
 class _Config:
     """A config.json, whose gaps are errors that name the model."""
 
-    def __init__(self, name: str, fields: Mapping, defaults: Mapping):
+    def __init__(self, name: str, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.name = name
         self.fields = {**defaults, **{k: v for k, v in fields.items() if v is not None}}
 
@@ -109,7 +110,7 @@ class _Config:
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.fields.get(key, default))
 
-    def get(self, key: str):
+    def get(self, key: str) -> Any:
         return self.fields.get(key)
 
     @property
@@ -120,7 +121,7 @@ class _Config:
     def _heads(self) -> int:
         return max(self.number("num_attention_heads"), 1)
 
-    def kinds(self, otherwise) -> list[str]:
+    def kinds(self, otherwise: Callable[[int], str]) -> list[str]:
         """The kind of each layer: as ``layer_types`` lists them, or by a function of the index."""
         count = self.number("num_hidden_layers")
         listed = self.get("layer_types") or [otherwise(i) for i in range(count)]
@@ -185,18 +186,18 @@ FAMILIES = {
 """Model types that are known; ``text_config`` of multimodal ones."""
 
 
-def read(name: str, config: Mapping) -> Model:
+def read(name: str, config: Mapping[str, Any]) -> Model:
     """Describe the model of a ``config.json``.
 
     Raises:
         ValueError: its ``model_type`` is not known, or a number is missing or makes no sense.
     """
-    text = config.get("text_config")
+    text, merged = config.get("text_config"), config
     if isinstance(text, Mapping):
         merged = {"tie_word_embeddings": config.get("tie_word_embeddings"), **text}
         kind = text.get("model_type") or f"{config.get('model_type')}_text"
     else:
-        merged, kind = config, config.get("model_type")
+        kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
             f"{name}: model_type {kind!r} is not known, allowed are {', '.join(FAMILIES)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import PRESETS, TurboQuantConfig
 from .caches import ENGINES, Cache, Scheme, Unsupported
@@ -42,7 +43,7 @@ class Question:
     engine: str = "mlx_lm"
     bandwidth: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("context", "concurrency"):
             given = getattr(self, name)
             if given is not None and given < 1:
@@ -55,21 +56,19 @@ class Question:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights."""
-        if self._by_files:
-            return self.file_bytes
-        return self.model.weight_bytes(self.weights_bits)
+        return self._file_bytes or self.model.weight_bytes(self.weights_bits)
 
     @property
     def read_bytes(self) -> int:
         """Of the weights, bytes that a decode step reads."""
         part = self.model.weights.read_by(self.concurrency or 1)
-        if self._by_files:
-            return self.file_bytes * part.count // self.model.weights.count
+        if self._file_bytes:
+            return self._file_bytes * part.count // self.model.weights.count
         return self.model.weight_bytes(self.weights_bits, part)
 
     @property
-    def _by_files(self) -> bool:
-        return self.weights_bits is None and self.file_bytes is not None
+    def _file_bytes(self) -> int | None:
+        return self.file_bytes if self.weights_bits is None else None
 
     @property
     def budget(self) -> int:
@@ -96,7 +95,7 @@ class Row:
     Attributes:
         scheme: the scheme.
         cache: its cache, or None where the engine does not offer it.
-        note: why not; or that nothing is compressed.
+        note: why not; or which layers are compressed, where some are not.
         max_context: the longest context of as many sequences as were asked for (1); None where it
             is not bounded.
         max_concurrency: the most sequences of the context that was asked for (4,096 tokens).
@@ -106,9 +105,19 @@ class Row:
     scheme: Scheme
     cache: Cache | None
     note: str = ""
-    max_context: int | None = 0
-    max_concurrency: int = 0
+    max_context: int | None = None
+    max_concurrency: int | None = None
     fits: bool | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether the scheme is this library's."""
+        return self.scheme.config is not None
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """What one more token takes, None where the engine does not offer the cache."""
+        return self.cache.token_bytes if self.cache else None
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Plan:
         """
         if self.question.context:
             return self.question.context
-        found = [row.max_context for row in self.rows if row.cache and row.max_context is not None]
+        found = [row.max_context for row in self.rows if row.max_context is not None]
         limit = self.question.model.max_position
         return min([*found, limit] if limit else found, default=CONTEXT) or None
 
@@ -146,39 +155,30 @@ class Plan:
         if not question.bandwidth or row.cache is None or tokens is None:
             return None
         sequences = question.concurrency or 1
-        read = question.read_bytes + row.cache.nbytes(tokens, sequences)
+        read = question.read_bytes + sequences * row.cache.read_bytes(tokens)
         return sequences * question.bandwidth / read
 
-    def fields(self) -> dict:
+    def fields(self) -> dict[str, Any]:
         """The plan as ``--json`` prints it."""
         question = self.question
         return {
             "model": question.model.name,
-            "engine": question.engine,
             "memory_bytes": question.machine.memory_bytes,
-            "working_set_bytes": question.machine.working_set_bytes,
-            "working_set_measured": question.machine.measured,
-            "parameters": question.model.weights.count,
-            "weight_bytes": question.weight_bytes,
             "kv_budget_bytes": question.budget,
-            "context": question.context,
-            "concurrency": question.concurrency,
-            "max_position_embeddings": question.model.max_position,
-            "decode_context": self.decode_context,
             "rows": [self._row_fields(row) for row in self.rows],
         }
 
-    def _row_fields(self, row: Row) -> dict:
-        config, offered = row.scheme.config, row.cache is not None
+    def _row_fields(self, row: Row) -> dict[str, Any]:
         return {
             "preset": row.scheme.name,
-            "k_quant": config and config.k_quant,
-            "v_quant": config and config.v_quant,
-            "bytes_per_token": row.cache.token_bytes if offered else None,
-            "max_context": row.max_context if offered else None,
-            "max_concurrency": row.max_concurrency if offered else None,
+            "bytes_per_token": row.bytes_per_token,
+            "max_context": row.max_context,
+            "max_concurrency": row.max_concurrency,
             "fits": row.fits,
+            "weight_bytes": self.question.weight_bytes,
+            "working_set_bytes": self.question.machine.working_set_bytes,
             "decode_tps": self.decode_rate(row),
+            "decode_context": self.decode_context,
             "note": row.note,
         }
 
@@ -206,17 +206,23 @@ def _row(question: Question, budget: int, scheme: Scheme) -> Row:
         cache = ENGINES[question.engine](question.model, scheme)
     except Unsupported as error:
         return Row(scheme, None, note=str(error))
-    in_vain = scheme.config is not None and not cache.num_compressed
     context, sequences = question.context or CONTEXT, question.concurrency or 1
     fits = cache.nbytes(context, sequences) <= budget
     return Row(
         scheme,
         cache,
-        note="nothing to compress" if in_vain else "",
+        _note(cache),
         max_context=_longest(cache, budget, sequences),
         max_concurrency=_most(lambda count: cache.nbytes(context, count) <= budget),
         fits=fits if question.context else None,
     )
+
+
+def _note(cache: Cache) -> str:
+    attention = sum(layer.kv_heads > 0 for layer in cache.model.layers)
+    if cache.scheme.config is None or cache.num_compressed == attention:
+        return ""
+    return f"compresses {cache.num_compressed} of {attention} layers"
 
 
 def _longest(cache: Cache, budget: int, sequences: int) -> int | None:

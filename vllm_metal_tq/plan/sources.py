@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 
 @cache
-def shipped() -> dict[str, dict]:
+def shipped() -> dict[str, dict[str, Any]]:
     """Name -> ``ids`` on Hugging Face, ``config`` and its ``source``: see data/models.json."""
-    return json.loads((files("vllm_metal_tq") / "data" / "models.json").read_text("utf-8"))
+    found: dict[str, dict[str, Any]] = json.loads(
+        (files("vllm_metal_tq") / "data" / "models.json").read_text("utf-8")
+    )
+    return found
 
 
-def find(name: str) -> tuple[Mapping, int | None]:
+def find(name: str) -> tuple[Mapping[str, Any], int | None]:
     """The ``config.json`` of a model, and the bytes of its weights where its files are here.
 
     Args:
@@ -36,7 +40,7 @@ def find(name: str) -> tuple[Mapping, int | None]:
     return _parsed(name, _downloaded(name)), None
 
 
-def _parsed(name: str, file: Path) -> Mapping:
+def _parsed(name: str, file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise ValueError(f"model {name!r}: there is no {file.name} in that folder")
     try:

@@ -114,7 +114,7 @@ class Engine:
             max_model_len=config.model_config.max_model_len,
             scheduler_block_size=scheduler_block,
             hash_block_size=self.hash_block,
-            enable_caching=True,
+            enable_caching=config.cache_config.enable_prefix_caching,
         )
         init_none_hash(sha256)
 

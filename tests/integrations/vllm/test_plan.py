@@ -1,76 +1,116 @@
-"""The engine plans as many blocks as ``vllm-metal-tq plan --engine vllm`` says."""
+"""The engine plans, and gives requests, what ``vllm-metal-tq plan --engine vllm`` says."""
+
+import contextlib
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm runs these tests")
 
 import torch
-from planning import layers, planned
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from planning import Engine, layers, planned
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
-from vllm_metal_tq.integrations.vllm.spec import compressed
+from vllm_metal_tq.config import PRESETS
+from vllm_metal_tq.integrations.vllm.spec import compressed, hybrid_alignment
 from vllm_metal_tq.plan import models
 from vllm_metal_tq.plan.caches import Unsupported, VllmCache
-from vllm_metal_tq.plan.plan import schemes
+from vllm_metal_tq.plan.machine import Machine
+from vllm_metal_tq.plan.plan import Question, plan, schemes
 from vllm_metal_tq.plan.sources import shipped
 
-MEMORY = 1_000_000_000
+MEMORY = 200_000_000
+ROOM = Machine(1 << 40, 1 << 40)  # for the weights
 SCHEMES = {scheme.name: scheme for scheme in schemes() if scheme.mlx_bits is None}
+MODELS = {name: models.read(name, entry["config"]) for name, entry in shipped().items()}
 
 
-def spec(layer, cache):
-    """What vLLM hears of a layer."""
-    if layer.state_bytes:
-        attention = next(layer for layer in cache.model.layers if layer.kv_heads)
-        return MambaSpec(
-            block_size=4096,
-            shapes=((layer.state_bytes,),),
-            dtypes=(torch.uint8,),
-            page_size_padded=cache.block_size * cache.scheme.token_bytes(attention),
+def offered():
+    """The caches of all shipped models that the engine has, by name."""
+    for model in MODELS.values():
+        for scheme in SCHEMES.values():
+            with contextlib.suppress(Unsupported):
+                yield f"{model.name}-{scheme.name}", VllmCache(model, scheme)
+
+
+CACHES = dict(offered())
+every_cache = pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+
+
+def test_all_are_planned_but_layers_that_the_plugin_refuses():
+    refused = {f"gemma-4-e2b-{preset}" for preset in PRESETS}
+    every = {f"{name}-{scheme}" for name in MODELS for scheme in SCHEMES}
+    assert every - set(CACHES) == refused
+
+
+def answer(cache, **asked):
+    """The row of ``plan``."""
+    question = Question(cache.model, ROOM, engine="vllm", kv_budget=MEMORY, **asked)
+    return plan(question, [cache.scheme]).rows[0]
+
+
+def specs(cache, block_size):
+    """What vllm-metal, or the plugin, says of each layer: windows are not told apart."""
+    for layer in cache.model.layers:
+        if layer.state_bytes:
+            yield MambaSpec(
+                block_size=1024 * block_size,  # one for a whole sequence: no prefix caching
+                shapes=((layer.state_bytes,),),
+                dtypes=(torch.uint8,),
+                page_size_padded=block_size * max(map(cache.layer_bytes, cache.model.layers)),
+            )
+            continue
+        dense = FullAttentionSpec(
+            block_size=block_size,
+            num_kv_heads=layer.kv_heads,
+            head_size=layer.key_dim,
+            dtype=torch.bfloat16,
         )
-    fields = {
-        "block_size": cache.block_size,
-        "num_kv_heads": layer.kv_heads,
-        "head_size": layer.key_dim,
-        "dtype": torch.bfloat16,
-    }
-    if layer.window:
-        dense = SlidingWindowSpec(**fields, sliding_window=layer.window)
-    else:
-        dense = FullAttentionSpec(**fields)
-    return dense if cache.scheme.config is None else compressed(dense, cache.scheme.config)
+        config = cache.scheme.config
+        yield compressed(dense, config) if config else dense
 
 
-def plan_of(name, scheme, vllm_config, **options):
-    """vLLM's plan and ours, and vLLM's settings."""
-    model = models.read(name, shipped()[name]["config"])
+def serves(vllm_config, cache, tokens, sequences=1):
+    """Whether vLLM gives so many requests of so many tokens their blocks at the same time."""
+    block_size = block_size_of(cache)
+    settings = vllm_config(block_size, max_model_len=tokens)
+    # vLLM's default for hybrid models, whose blocks have one size without prefix caching only.
+    settings.cache_config.enable_prefix_caching = not cache.num_states
+    memory = MEMORY - cache.held_out(tokens, sequences)
     try:
-        cache = VllmCache(model, SCHEMES[scheme])
-    except Unsupported as reason:
-        pytest.skip(str(reason))
-    settings = vllm_config(cache.block_size, **options)
-    chunk = getattr(settings, "max_in_flight_tokens", None)
-    chunk = chunk or settings.scheduler_config.max_num_batched_tokens
-    cache = VllmCache(model, SCHEMES[scheme], chunk)
-    specs = layers(*[spec(layer, cache) for layer in model.layers])
-    return planned(settings, specs, MEMORY - cache.tail_bytes), cache, settings
+        made = planned(settings, layers(*specs(cache, block_size)), memory)
+    except ValueError:  # not one request of that length
+        return False
+    engine = Engine(settings, made)
+    prompts = [range(i * tokens, (i + 1) * tokens) for i in range(sequences)]
+    return all(engine.start(engine.request(str(ids), ids)) for ids in prompts)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", shipped())
-def test_the_engine_plans_the_same_number_of_blocks(vllm_config, name, scheme):
-    theirs, ours, _ = plan_of(name, scheme, vllm_config)
-    assert theirs.num_blocks == ours.num_blocks(MEMORY)
+def block_size_of(cache):
+    """Tokens of a block as the plugin aligns them with states."""
+    states = max(layer.state_bytes for layer in cache.model.layers)
+    sizes = {cache.layer_bytes(layer) for layer in cache.model.layers if layer.kv_heads}
+    return hybrid_alignment(sizes, states, 16, 16)[0]
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "tq8"])
-@pytest.mark.parametrize("name", shipped())
-def test_the_engine_fits_the_same_longest_context(vllm_config, name, scheme):
-    theirs, ours, settings = plan_of(name, scheme, vllm_config, max_model_len=-1)
-    longest = settings.model_config.max_model_len
-    # Older versions do not leave out the block that vLLM keeps for itself.
-    kept_back = ours.block_bytes if ours.nbytes(longest) > MEMORY else 0
-    assert ours.nbytes(longest) - kept_back <= MEMORY
-    if longest < settings.model_config.hf_config.max_position_embeddings:
-        assert ours.nbytes(longest + 1) - kept_back > MEMORY
-    assert theirs.num_blocks == ours.num_blocks(MEMORY)
+@every_cache
+def test_the_engine_plans_the_same_number_of_blocks(vllm_config, cache):
+    tokens = 64
+    settings = vllm_config(block_size_of(cache), max_model_len=tokens)
+    memory = MEMORY - cache.held_out(tokens)
+    theirs = planned(settings, layers(*specs(cache, block_size_of(cache))), memory)
+    assert theirs.num_blocks == cache.num_blocks(MEMORY, tokens)
+
+
+@every_cache
+def test_a_request_gets_the_longest_context_and_not_one_token_more(vllm_config, cache):
+    longest = answer(cache).max_context
+    assert serves(vllm_config, cache, longest)
+    assert not serves(vllm_config, cache, longest + 1)
+
+
+@every_cache
+def test_as_many_requests_run_as_planned_and_not_one_more(vllm_config, cache):
+    tokens = 100
+    most = answer(cache, context=tokens).max_concurrency
+    assert serves(vllm_config, cache, tokens, most)
+    assert not serves(vllm_config, cache, tokens, most + 1)
