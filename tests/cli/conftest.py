@@ -13,5 +13,5 @@ def user_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def loaded(demo, user_cache, monkeypatch):
-    monkeypatch.setattr(demo_model, "load", lambda: demo)
+    monkeypatch.setattr(demo_model, "load", lambda *_: demo)
     monkeypatch.setattr(calibration, "user_cache_path", lambda name: user_cache / name)

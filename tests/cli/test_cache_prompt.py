@@ -143,7 +143,7 @@ def test_bad_input_gets_one_clear_line(capsys, file, flags, message):
 def test_a_file_that_cannot_be_is_refused_before_any_work(
     capsys, tmp_path, monkeypatch, name, message
 ):
-    monkeypatch.setattr("vllm_metal_tq.demo_model.load", lambda: pytest.fail("it was loaded"))
+    monkeypatch.setattr("vllm_metal_tq.demo_model.load", lambda *_: pytest.fail("it was loaded"))
     status, out, err = cache_prompt(capsys, tmp_path / name, "-p", "x")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+import traceback
 
-from .. import __version__, openblas
+from .. import openblas
 from . import bench as bench_command
 from . import cache_prompt as cache_prompt_command
 from . import calibrate as calibrate_command
 from . import doctor as doctor_command
 from . import eval as eval_command
+from . import exit_status, shell_completion
 from . import generate as generate_command
 from . import plan as plan_command
 from . import serve as serve_command
+from .parser import Parser, build
 
-_COMMANDS = {
+COMMANDS = {
     "generate": generate_command,
     "cache-prompt": cache_prompt_command,
     "serve": serve_command,
@@ -30,35 +33,64 @@ _COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        argv: the arguments after the command's name; those of the process by default.
+
     Returns:
-        The exit status: 0, 1 where ``doctor`` finds a fault, 2 for bad input, 130 for an interrupt.
+        The exit status, one of ``exit_status.MEANINGS``.
+
+    Raises:
+        SystemExit: the arguments cannot be parsed, or ask for help alone.
     """
-    args = _parser().parse_args(argv)
-    # Before the first import of mlx, which the commands do in run().
-    if (complaint := openblas.preload()) and _on_cpu():
-        print(complaint, file=sys.stderr)
     try:
-        return _COMMANDS[args.command].run(args) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here a closed pipe can still be caught
+    except BrokenPipeError:
+        # The interpreter flushes again when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_status.CLOSED_PIPE
     except KeyboardInterrupt:
-        return 130
+        return exit_status.INTERRUPTED
+
+
+def whole_parser() -> Parser:
+    """The parser of the command with all its subcommands."""
+    parser = build(COMMANDS)
+    shell_completion.add_argument(parser)
+    return parser
+
+
+def _run(argv: list[str] | None) -> int:
+    args = whole_parser().parse_args(argv)
+    if not sys.stderr.isatty():  # which mlx_lm's downloads do not look at
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        # Before the first import of mlx, which the commands do in run().
+        if (complaint := openblas.preload()) and _on_cpu():
+            print(complaint, file=sys.stderr)
+        return COMMANDS[args.command].run(args) or exit_status.DONE
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong; returns the exit status."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    if isinstance(error, (ValueError, OSError)):
+        print(f"error: {line}", file=sys.stderr)
+        return exit_status.BAD_INPUT
+    name = type(error).__name__
+    print(f"unexpected error: {name}: {line} (--debug shows where)", file=sys.stderr)
+    return exit_status.UNEXPECTED
 
 
 def _on_cpu() -> bool:
     import mlx.core as mx
 
     return mx.default_device() == mx.Device(mx.cpu)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vllm-metal-tq", description="TurboQuant KV-cache compression for MLX"
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in _COMMANDS.items():
-        summary = (module.__doc__ or "").split("\n")[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
-    return parser

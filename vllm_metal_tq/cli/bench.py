@@ -9,6 +9,12 @@ from . import common
 _SHAPE = ["B", "context", "H", "HKV"]
 NO_GPU = "no GPU: plain MLX operations take the place of the kernels, and defaults are small"
 
+EXAMPLES = (
+    'vllm-metal-tq bench decode --shapes "1,131072,32,8;8,32768,32,8" --head-dim 128',
+    "vllm-metal-tq bench encode --tokens 1,8192",
+    "vllm-metal-tq bench generate --model-shape llama-3.2-1b --batch 1,8 --context 4096,32768",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmarks and their flags."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from ..types import PromptCache
 
+EXAMPLES = (
+    "vllm-metal-tq cache-prompt --model demo -p - --prompt-cache-file book.safetensors < book.txt",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``cache-prompt``."""
@@ -43,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _process(args, model, prompt, cache)
     tps = len(prompt) / (time.perf_counter() - start)
-    ours.save_prompt_cache(file, cache, model, {"model": args.model})
+    with common.progress_bar("save"):
+        ours.save_prompt_cache(file, cache, model, {"model": args.model})
     held = ours.report(cache)
     figures = {
         "layers_compressed": held.layers_compressed,

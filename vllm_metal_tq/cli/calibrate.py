@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 PROBED_TOKENS = 385  # that widths are chosen on: every layer runs over them twice
 
+EXAMPLES = (
+    "vllm-metal-tq calibrate --model demo",
+    "vllm-metal-tq calibrate --model demo --budget-bits 4.0 --output demo.safetensors",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``calibrate``."""

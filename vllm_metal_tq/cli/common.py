@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
@@ -11,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..config import DEFAULT_PRESET, PRESETS, QUANT_NAMES, TurboQuantConfig
@@ -104,16 +114,33 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         ValueError: it cannot be had; the message says why.
     """
     if name == DEMO_MODEL:
-        from .. import demo_model
+        with progress_bar("demo model", DownloadColumn()) as advance:
+            from .. import demo_model
 
-        return demo_model.load()
-    import mlx_lm
+            return demo_model.load(advance)
+    with progress_bar("import mlx_lm"):
+        import mlx_lm
 
     try:
-        return mlx_lm.load(name)[:2]
+        model, tokenizer = mlx_lm.load(name, lazy=True)[:2]  # shows a download by itself
+        _read_weights(model)
+        return model, tokenizer
     except Exception as error:  # hub, network and format errors share no base class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+
+
+def _read_weights(model: nn.Module) -> None:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    weights = dict(tree_flatten(model.parameters())).values()
+    done, total = 0, sum(array.nbytes for array in weights)
+    with progress_bar("weights", DownloadColumn()) as advance:
+        for array in weights:
+            mx.eval(array)
+            done += array.nbytes
+            advance(done, total)
 
 
 def calibration_for(
@@ -166,12 +193,27 @@ def read_text(name: str | None, shipped: str) -> str:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show progress on standard error; yields a function of (done, total)."""
-    console = Console(stderr=True)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns.append(TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+def progress_bar(
+    label: str, count: ProgressColumn | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Show progress on standard error where that is a terminal.
+
+    Args:
+        label: what is being done.
+        count: how done and total are shown: as plain numbers, or by rich's column for their unit.
+
+    Yields:
+        A function of done and total. Until it is called, only the time shows that work goes on.
+    """
+    columns = [TextColumn("{task.description}"), BarColumn(), count or MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    bar = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=False,  # it would end up on standard error
+    )
     with bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -21,6 +21,11 @@ EXECUTORS = {
 """What runs the kernels, best first; ``reference`` is plain MLX operations and no kernel."""
 TEXT_CHECK = {"text": "Metal text, checked by clang"}
 
+EXAMPLES = (
+    "vllm-metal-tq doctor",
+    "vllm-metal-tq doctor --preset tq3 --head-dim 64 --json",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``doctor``."""
@@ -97,11 +102,13 @@ def _checks(executor: str, layout: PageLayout) -> list[Check]:
 
     if executor == "reference":
         return []
+    execute = launch.on_gpu
     if executor == "simulator":
-        from ..msl.simulate import simulate
+        from ..msl import simulate
 
-        return selfcheck.check(layout, simulate, centred=True)
-    return selfcheck.check(layout, launch.on_gpu, centred=True)
+        execute = simulate.simulate
+    with common.progress_bar("kernels") as advance:
+        return selfcheck.check(layout, execute, centred=True, progress=advance)
 
 
 def _row(check: Check) -> list[str]:

@@ -24,6 +24,13 @@ _OPTIONS: dict[str, dict[str, int | None]] = {
     "sweep": {"schemes": None},
 }
 
+EXAMPLES = (
+    "vllm-metal-tq eval --model demo --preset tq4",
+    "vllm-metal-tq eval --model demo --needle --window 1024 --depths 5",
+    "vllm-metal-tq eval --model demo --gsm8k problems.jsonl --questions 10",
+    "vllm-metal-tq eval --model demo --sweep --schemes tq4,tq3,q8_0/q3_0 --out results",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``eval``."""

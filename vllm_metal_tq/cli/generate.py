@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from . import common, prompts
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
     from ..config import TurboQuantConfig
     from ..types import Progress, PromptCache
+
+EXAMPLES = (
+    'vllm-metal-tq generate --model demo --prompt "Why is the sky blue?"',
+    "vllm-metal-tq generate --model demo --preset tq3 --max-tokens 200 --json",
+    "vllm-metal-tq generate --model demo --prompt - --k-quant q8_0 --v-quant q3_0 < book.txt",
+    'vllm-metal-tq generate --model demo --prompt-cache-file book.safetensors -p "Who is she?"',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +136,8 @@ def _cache(
 
     if not args.prompt_cache_file:
         return prompts.empty_cache(args, model, tokenizer)
-    cache = ours.load_prompt_cache(args.prompt_cache_file, model)
+    with common.progress_bar("prompt cache"):
+        cache = ours.load_prompt_cache(args.prompt_cache_file, model)
     widths = (c.layout.config for c in cache if isinstance(c, ours.TurboQuantKVCache))
     return next(widths, common.scheme(args)), cache
 
@@ -172,17 +181,21 @@ def _stream(
     draft_model: nn.Module | None,
 ) -> tuple[str, GenerationResponse, int]:
     """Generate; returns the text, mlx_lm's last response, and how many tokens were drafted."""
-    text, drafted = "", 0
     with common.progress_bar("prompt") as advance:
         responses = _responses(args, model, tokenizer, prompt, cache, draft_model, advance)
         response = next(responses)
-    while True:
-        text, drafted = text + response.text, drafted + response.from_draft
-        if not args.json:
-            print(response.text, end="", flush=True)
-        if response.finish_reason is not None:
-            return text, response, drafted
-        response = next(responses)
+    shown = nullcontext() if not args.json else common.progress_bar("generate")
+    text, drafted = "", 0
+    with shown as advance:
+        while True:
+            text, drafted = text + response.text, drafted + response.from_draft
+            if advance:
+                advance(response.generation_tokens, args.max_tokens)
+            else:
+                print(response.text, end="", flush=True)
+            if response.finish_reason is not None:
+                return text, response, drafted
+            response = next(responses)
 
 
 def _responses(

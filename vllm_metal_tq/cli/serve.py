@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
+EXAMPLES = (
+    "vllm-metal-tq serve --model demo --port 8080 --kv-budget 1GB",
+    "vllm-metal-tq serve --model ./Qwen3-8B-4bit --preset tq4 --decode-concurrency 16",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``serve``."""

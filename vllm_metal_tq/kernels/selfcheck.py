@@ -61,6 +61,7 @@ def check(
     dtype: mx.Dtype = mx.float32,
     variants: Sequence[str] = ("mma", "fma"),
     centred: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Check]:
     """Check every kernel once.
 
@@ -73,29 +74,32 @@ def check(
         dtype: of the keys, values and queries: float32, float16 or bfloat16.
         variants: of decode.
         centred: check decode and merge with a centre, too.
+        progress: called with checks done and checks in all.
     """
     case = _Case(layout, dtype)
-    checks = [
-        _check("encode", None, ENCODE_BOUND, lambda: case.encode_error(execute)),
-        _check("gather", None, 2 * ROUNDING[dtype], lambda: case.gather_error(execute)),
-        *_check_attention(case, execute, variants, ""),
+    todo = [
+        partial(_check, "encode", None, ENCODE_BOUND, lambda: case.encode_error(execute)),
+        partial(_check, "gather", None, 2 * ROUNDING[dtype], lambda: case.gather_error(execute)),
+        *_attention_checks(case, execute, variants, ""),
     ]
     if centred:
-        case = _Case(layout, dtype, _centre(layout.head_dim))
-        checks += _check_attention(case, execute, variants, ", centre")
+        centred_case = _Case(layout, dtype, _centre(layout.head_dim))
+        todo += _attention_checks(centred_case, execute, variants, ", centre")
+    checks = []
+    for run in todo:
+        checks.append(run())
+        progress(len(checks), len(todo))
     return checks
 
 
-def _check_attention(
+def _attention_checks(
     case: _Case, execute: Executor, variants: Sequence[str], more: str
-) -> list[Check]:
+) -> list[Callable[[], Check]]:
     bound = DECODE_BOUND + ROUNDING[case.dtype]
+    decode = [(variant, partial(case.decode_error, execute, variant)) for variant in variants]
     return [
-        *(
-            _check("decode", variant + more, bound, partial(case.decode_error, execute, variant))
-            for variant in variants
-        ),
-        _check("merge", "tail, sinks" + more, bound, lambda: case.merge_error(execute)),
+        *(partial(_check, "decode", variant + more, bound, error) for variant, error in decode),
+        partial(_check, "merge", "tail, sinks" + more, bound, partial(case.merge_error, execute)),
     ]
 
 
