@@ -28,16 +28,26 @@ def test_importing_the_core_imports_no_host(statement):
     assert loaded_after(statement) == []
 
 
-def test_the_public_api():
-    assert sorted(vllm_metal_tq.__all__) == [
-        "TurboQuantConfig",
-        "TurboQuantKVCache",
-        "load_prompt_cache",
-        "make_prompt_cache",
-        "save_prompt_cache",
-    ]
-    for name in vllm_metal_tq.__all__:
-        assert getattr(vllm_metal_tq, name).__name__ == name
+def seconds(statement):
+    code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("statement", "share"),
+    [
+        ("import vllm_metal_tq", 0.3),
+        ("from vllm_metal_tq import attention, codec, config, layout, pages", 3.0),
+        ("import vllm_metal_tq.cli", 3.0),
+    ],
+)
+def test_importing_is_quick_beside_mlx_itself(statement, share):
+    # Each time the two in turn, so that a busy machine slows both; mlx_lm takes ten times as long.
+    pairs = [(seconds("import mlx.core, numpy"), seconds(statement)) for _ in range(3)]
+    mlx, ours = map(min, zip(*pairs, strict=True))
+    print(f"{statement}: {ours:.3f} s, mlx and numpy {mlx:.3f} s")
+    assert ours < share * mlx
 
 
 def test_an_unknown_name_is_an_attribute_error():

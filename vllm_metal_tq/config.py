@@ -68,12 +68,16 @@ class TurboQuantConfig:
     ) -> TurboQuantConfig:
         """Build a config from the names users write.
 
-        ``k_quant`` and ``v_quant`` take precedence over ``preset``, each for its own half;
-        what nobody names comes from ``DEFAULT_PRESET``. ``layers`` gives some layers widths of
-        their own, as in ``0-1=tq8,29=q8_0/q6_0``.
+        Args:
+            preset: one of ``PRESETS``; None: ``DEFAULT_PRESET``.
+            k_quant: one of ``QUANT_NAMES``, the width of keys in place of the preset's.
+            v_quant: likewise of values.
+            block_size: tokens a page holds, one of ``BLOCK_SIZES``.
+            layers: layers with widths of their own, as in ``0-1=tq8,29=q8_0/q6_0``.
 
         Raises:
-            ValueError: a name is unknown; the message lists the known ones.
+            ValueError: a name is unknown, which the message answers with the known ones, or
+                ``layers`` is not written like that.
         """
         preset = DEFAULT_PRESET if preset is None else preset
         _one_of("preset", preset, PRESETS)
@@ -86,7 +90,7 @@ class TurboQuantConfig:
         return cls(k_bits, v_bits, block_size, overrides)
 
     def for_layer(self, layer: int) -> TurboQuantConfig:
-        """The config of one layer, without overrides."""
+        """The config of one layer, counted from 0, without overrides."""
         widths = self.k_bits, self.v_bits
         for first, last, k_bits, v_bits in self.layer_overrides:
             widths = (k_bits, v_bits) if first <= layer <= last else widths

@@ -75,7 +75,11 @@ class TurboQuantKVCache(host._BaseCache):
         return self.sequences.offsets[0]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store a chunk, ``(B, num_kv_heads, L, head_dim)`` each, and return it as it came.
+        """Store a chunk, and return it as it came.
+
+        Args:
+            keys: ``(B, num_kv_heads, L, head_dim)``.
+            values: the same shape.
 
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
@@ -97,7 +101,19 @@ class TurboQuantKVCache(host._BaseCache):
         mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attend from a chunk that was just stored; see ``Sequences.attend``."""
+        """Attend from a chunk that was just stored, to it and to all before it.
+
+        Args:
+            queries: ``(B, num_heads, L, head_dim)``.
+            keys: ``(B, num_kv_heads, L, head_dim)``, as the model made them.
+            values: the same shape.
+            scale: factor of the logits.
+            mask: what ``make_mask`` made for this chunk.
+            sinks: a learned logit for each head, ``(num_heads,)``, or None.
+
+        Returns:
+            ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
+        """
         return self.sequences.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     def make_mask(
@@ -106,7 +122,11 @@ class TurboQuantKVCache(host._BaseCache):
         window_size: int | None = None,
         return_array: bool = False,
     ) -> Mask:
-        """The mask of the next chunk of ``N`` tokens, over what the cache will still hold."""
+        """The mask of the next chunk of ``N`` tokens, over what the cache will still hold.
+
+        ``window_size`` and ``return_array`` are mlx_lm's: how far back a token sees, and whether
+        an array must be made where ``"causal"`` or None would do.
+        """
         stored = max(self.sequences.stored_before(self._next_counts(N)))
         mask: Mask = host.create_attention_mask(N, stored, return_array, window_size)
         return mask
@@ -219,7 +239,7 @@ class TurboQuantKVCache(host._BaseCache):
 
     @classmethod
     def from_state(cls, state: Sequence[mx.array], meta_state: object = None) -> TurboQuantKVCache:
-        """Rebuild a cache from ``state``; mlx_lm before 0.32 passes an empty ``meta_state``.
+        """Rebuild a cache from its ``state``; mlx_lm before 0.32 passes an empty ``meta_state``.
 
         Raises:
             ValueError: ``state`` is of another version, or its parts contradict each other.
@@ -265,7 +285,8 @@ class TurboQuantKVCache(host._BaseCache):
 class BatchTurboQuantKVCache(TurboQuantKVCache):
     """Sequences of one layer that join and leave at any step, as mlx_lm's BatchGenerator asks.
 
-    Padding is never stored: of each chunk only the columns that are tokens.
+    Padding is never stored: of each chunk only the columns that are tokens. ``merge`` makes it of
+    caches; ``pool``, ``centre`` and ``max_kv_size`` are those of ``TurboQuantKVCache``.
     """
 
     _left: Sequence[int] = ()  # of each sequence, padding still to come before its first token
@@ -303,7 +324,16 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
         self._right = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store the tokens of a chunk, ``(B, num_kv_heads, L, head_dim)`` each; see the base."""
+        """Store the tokens of a chunk, and return it as it came, padding included.
+
+        Args:
+            keys: ``(B, num_kv_heads, L, head_dim)``.
+            values: the same shape.
+
+        Raises:
+            ValueError: as for ``TurboQuantKVCache``.
+            OutOfBlocks: likewise.
+        """
         columns = self._next_columns(keys.shape[2])
         self.sequences.store(keys, values, columns)
         self._left = [n - x.start for n, x in zip(self._left, columns, strict=False)]

@@ -84,6 +84,10 @@ def calibrate(
         token_ids: the text; a thousand tokens are plenty.
         progress: called with tokens done and tokens in all.
 
+    Returns:
+        The centres of every layer that can be compressed, for ``make_prompt_cache`` and
+        ``CachePools``; ``save`` keeps them in a file.
+
     Raises:
         ValueError: the text is too short.
     """

@@ -36,7 +36,7 @@ class CacheReport:
 
 
 def report(prompt_cache: PromptCache) -> CacheReport:
-    """Add up what ``prompt_cache`` holds."""
+    """Add up what ``prompt_cache`` holds; pools that it shares with others count whole."""
     ours = [c for c in prompt_cache if isinstance(c, TurboQuantKVCache)]
     others = [c for c in prompt_cache if not isinstance(c, TurboQuantKVCache)]
     dense = sum(c.nbytes for c in others)
@@ -57,8 +57,22 @@ def make_prompt_cache(
 ) -> PromptCache:
     """Make a prompt cache for ``mlx_lm.generate``, ``stream_generate`` and chat.
 
-    It has pools of its own, which go with it. Arguments and errors are those of ``CachePools``,
-    whose caches share theirs.
+    It has pools of its own, which go with it; those of ``CachePools`` share theirs.
+
+    Args:
+        model: a model that mlx_lm has loaded.
+        config: widths; where None those of the calibration, if it has any, or else the default
+            preset.
+        max_kv_size: tokens that a layer keeps; None: all.
+        calibration: what ``calibrate`` measured; None: the bias of k_proj serves where there is
+            one.
+
+    Returns:
+        A cache for each layer: a ``TurboQuantKVCache``, or what mlx_lm gives layers that are not
+        compressed.
+
+    Raises:
+        ValueError: as for ``CachePools``.
     """
     pools = CachePools(model, config, max_kv_size=max_kv_size, calibration=calibration)
     return pools.make_prompt_cache()

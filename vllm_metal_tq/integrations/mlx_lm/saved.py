@@ -127,6 +127,11 @@ def load_prompt_cache(
     The cache brings the widths and the centres with which it was made, whatever calibration the
     model has now.
 
+    Args:
+        file_name: the file.
+        model: the model that filled the cache, loaded anew or not.
+        return_metadata: return its metadata, too.
+
     Returns:
         The prompt cache, or with ``return_metadata`` a tuple of it and the metadata.
 
