@@ -4,12 +4,12 @@ import pty
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 from mlx.utils import tree_flatten
 from models import llama
 
+from vllm_metal_tq import demo_model
 from vllm_metal_tq.cli import common, main
 from vllm_metal_tq.integrations.mlx_lm import measure
 
@@ -97,26 +97,12 @@ def test_progress_keeps_out_of_what_is_piped(shown):
     assert "\x1b" not in out
 
 
-def test_weights_are_read_with_their_bytes_counted(monkeypatch):
+def test_weights_are_read_with_their_bytes_counted(bars):
     model = llama(head_dim=16)
     total = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    told = bars(monkeypatch)
     common._read_weights(model)
-    assert told["weights"][-1] == (total, total)
-    assert len(told["weights"]) == len(tree_flatten(model.parameters()))
-
-
-def bars(monkeypatch):
-    """What is told to each progress bar from now on."""
-    told = {}
-
-    @contextmanager
-    def bar(label, count=None):
-        calls = told.setdefault(label, [])
-        yield lambda done, total: calls.append((done, total))
-
-    monkeypatch.setattr(common, "progress_bar", bar)
-    return told
+    assert bars["weights"][-1] == (total, total)
+    assert len(bars["weights"]) == len(tree_flatten(model.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -136,20 +122,26 @@ def bars(monkeypatch):
             {"calibrate", "demo model"},
         ),
         (
+            ["generate", "-p", "a b c", "-m", "1", "--model", "FOLDER"],
+            {"calibrate", "import mlx_lm", "weights", "prompt"},
+        ),
+        (
             ["cache-prompt", "-p", "a b c", "--prompt-cache-file", "FILE"],
             {"calibrate", "demo model", "prompt", "save"},
         ),
     ],
 )
-def test_long_work_has_a_progress_bar_to_its_end(monkeypatch, capsys, tmp_path, command, labels):
+def test_long_work_has_a_progress_bar_to_its_end(
+    bars, monkeypatch, capsys, tmp_path, command, labels
+):
     monkeypatch.setattr(measure, "CALIBRATION_TOKENS", 64)
-    told = bars(monkeypatch)
     file = str(tmp_path / "x.safetensors")
-    command = [file if word == "FILE" else word for word in command]
+    places = {"FILE": file, "FOLDER": str(demo_model.folder())}
+    command = [places.get(word, word) for word in command]
     assert main([command[0], "--model", "demo", *command[1:]]) == 0
-    assert set(told) == labels
-    for label in labels & {"prompt", "generate", "eval"}:
-        done, total = told[label][-1]
+    assert set(bars) == labels
+    for label in labels & {"prompt", "generate", "eval", "weights"}:
+        done, total = bars[label][-1]
         assert 0 < done <= total, label
     if "--json" in command:
         json.loads(capsys.readouterr().out)

@@ -62,6 +62,11 @@ def test_a_broken_kernel_is_a_failure(capsys, broken):
     assert "encode is broken" in err
 
 
+def test_every_check_is_progress(broken, bars, capsys):
+    doctor(capsys)
+    assert bars == {"kernels": [(done, 8) for done in range(1, 9)]}
+
+
 def test_the_table_shows_what_broke(capsys, broken):
     status, out, _ = doctor(capsys, "--preset", "tq2", "--head-dim", "64")
     assert status == 1

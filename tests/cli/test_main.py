@@ -26,7 +26,8 @@ def fails(monkeypatch):
     ("error", "status", "line"),
     [
         (ValueError("3 is odd"), 2, "error: 3 is odd"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: 'x': No such file"),
+        (OSError("disk is full"), 2, "error: disk is full"),
         (ValueError("first\nsecond"), 2, "error: first"),
         (KeyError("k"), 70, "unexpected error: KeyError: 'k' (--debug shows where)"),
         (
@@ -89,3 +90,17 @@ def test_help_needs_neither_mlx_nor_numpy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
     assert "examples:" in done.stdout
+
+
+def test_downloads_show_no_progress_in_a_pipe(monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    code = (
+        "from vllm_metal_tq import cli\n"
+        "def run(args):\n"
+        "    from huggingface_hub.utils import are_progress_bars_disabled\n"
+        "    print(are_progress_bars_disabled())\n"
+        "cli.COMMANDS['doctor'].run = run\n"
+        "cli.main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -82,6 +82,8 @@ def _run(argv: list[str] | None) -> int:
 def _report(error: Exception) -> int:
     """Say in one line what went wrong; returns the exit status."""
     line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    if isinstance(error, OSError) and error.filename:
+        line = f"{error.filename!r}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         print(f"error: {line}", file=sys.stderr)
         return exit_status.BAD_INPUT
