@@ -77,7 +77,7 @@ def check(
         progress: called with checks done and checks in all.
     """
     case = _Case(layout, dtype)
-    todo = [
+    todo: list[Callable[[], Check]] = [
         partial(_check, "encode", None, ENCODE_BOUND, lambda: case.encode_error(execute)),
         partial(_check, "gather", None, 2 * ROUNDING[dtype], lambda: case.gather_error(execute)),
         *_attention_checks(case, execute, variants, ""),
