@@ -51,7 +51,6 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(READY)
-	$(BIN)/pip install --quiet --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 $(READY): pyproject.toml Makefile scripts/setup.sh

@@ -35,7 +35,7 @@ def draw(folder=HERE):
     """Write ``page.svg``."""
     layout = PageLayout(TurboQuantConfig.from_names("tq3"), 128)
     part, token = owners(layout)
-    figure, ax = pyplot.subplots(figsize=(8, 3.4))
+    figure, ax = pyplot.subplots(figsize=(6.4, 3.2))
     for number, (name, colour) in enumerate(COLOURS.items()):
         for own, alpha in ((False, 0.25), (True, 1.0)):
             chosen = (part == number) & ((token == TOKEN) == own)
@@ -59,7 +59,7 @@ def draw(folder=HERE):
     ax.set_title(
         f"tq3, head_dim 128: {layout.page_bytes:,} bytes, 16 tokens; strong: token {TOKEN}"
     )
-    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3)
     save(figure, "page", folder)
 
 

@@ -11,7 +11,7 @@ def draw(folder=HERE):
     keys = head().keys
     x = np.linspace(-5, 5, 201)
     for ax, part, colour, title in (
-        (axes[0], keys, BLUE, "as the model makes them"),
+        (axes[0], keys, BLUE, "keys as the model makes them"),
         (axes[1], rotated(keys), GREEN, "rotated"),
     ):
         elements = standardised(part)
@@ -20,7 +20,7 @@ def draw(folder=HERE):
         beyond = 100 * np.mean(np.abs(elements) > 4)
         ax.set_title(title)
         spread = f"beyond ±4: {beyond:.1f} %\nlargest: {np.abs(elements).max():.1f}"
-        ax.text(0.98, 0.97, spread, ha="right", va="top", transform=ax.transAxes)
+        ax.text(1.0, 0.72, spread, ha="right", va="top", transform=ax.transAxes)
         ax.set_xlabel("element / RMS of its key")
     axes[0].set_ylabel("density")
     axes[0].legend(loc="upper left")

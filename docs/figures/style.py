@@ -20,7 +20,7 @@ pyplot.rcParams.update(
         "axes.titlecolor": INK,
         "axes.titlesize": 11,
         "figure.constrained_layout.use": True,
-        "figure.figsize": (8, 3.2),
+        "figure.figsize": (6.4, 2.9),
         "font.size": 10,
         "legend.frameon": False,
         "legend.labelcolor": INK,
