@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 
 import mlx.core as mx
 
+from .. import __version__
+
 WARM_UP, REPEATS = 3, 15
+STREAMED = 1 + WARM_UP + REPEATS  # items of a stream that ``stream_times`` takes
 
 
 def gpu_backend() -> str | None:
@@ -18,10 +24,27 @@ def gpu_backend() -> str | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def runs() -> str:
+    """``kernels``, or ``reference`` where plain MLX operations take their place."""
+    return "kernels" if gpu_backend() else "reference"
+
+
 def machine() -> dict[str, str]:
     """The name of the device that MLX runs on, and MLX's version."""
     name = mx.device_info().get("device_name", "unknown")
     return {"device": f"{name} ({gpu_backend() or 'CPU'})", "mlx": mx.__version__}
+
+
+def software() -> dict[str, str]:
+    """The system, and the versions of what runs on it."""
+    macos = platform.mac_ver()[0]
+    system = f"macOS {macos}" if macos else platform.system()
+    return {
+        "system": f"{system} {platform.machine()}",
+        "vllm_metal_tq": __version__,
+        "mlx": mx.__version__,
+        "mlx_lm": metadata.version("mlx-lm"),
+    }
 
 
 def device_bytes() -> int | None:
@@ -40,6 +63,21 @@ def wall(call: Callable[[], object]) -> float:
         mx.eval(call())
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def stream_times(stream: Iterable[object]) -> tuple[float, float]:
+    """Seconds until the first item comes, and between later ones: their median after a warm-up.
+
+    Args:
+        stream: yields ``STREAMED`` items, each when it is evaluated, and has done all of its work
+            when it ends.
+    """
+    marks = [time.perf_counter()]
+    marks += [time.perf_counter() for _ in stream]
+    if len(marks) != 1 + STREAMED:
+        raise ValueError(f"the stream has {len(marks) - 1} items, not {STREAMED}")
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    return seconds[0], statistics.median(seconds[1 + WARM_UP :])
 
 
 def kernel_time(call: Callable[[object], object], inputs: Sequence) -> float:

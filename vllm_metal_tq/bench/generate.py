@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.models.cache as host
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from ..config import TurboQuantConfig
-from ..integrations import mlx_lm as ours
 from ..layout import PageLayout
-from . import clock
+from . import caches, clock
 
 _COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5}
 MODEL_SHAPES = {
@@ -54,8 +52,6 @@ MODEL_SHAPES = {
 }
 """Name -> configuration; ``demo`` is SmolLM2-135M's."""
 
-WARM_UP = 2
-GPU_STEPS, CPU_STEPS = 32, 4
 CHUNK = 8192  # tokens put into a cache at a time
 MEMORY_SHARE = 0.9  # of the device's memory may be used
 
@@ -79,30 +75,21 @@ class GenerateBench:
         config: widths of our cache.
 
     Attributes:
-        steps: decode steps that are timed.
-        caches: name -> bits of an element, and what makes the cache of every layer.
+        makers: name -> what makes the cache of every layer.
     """
 
     def __init__(self, name: str, config: TurboQuantConfig):
         args = MODEL_SHAPES[name]
-        self.steps = GPU_STEPS if clock.gpu_backend() else CPU_STEPS
         self.model = random_model(name)
         self.kv_heads = args.num_key_value_heads
         self.head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
         self.weight_bytes = sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
-        bits = PageLayout(config, self.head_dim).bits_per_element
-        layers = self.model.layers
-        self.caches: dict[str, tuple[float, Callable[[], list]]] = {
-            "bf16": (16, lambda: host.make_prompt_cache(self.model)),
-            "mlx_lm 4-bit": (
-                4.5,
-                lambda: [host.QuantizedKVCache(group_size=64, bits=4) for _ in layers],
-            ),
-            config.label: (bits, lambda: ours.make_prompt_cache(self.model, config)),
-        }
+        self.makers = {x: caches.maker(x, config) for x in (*caches.BASELINES, config.label)}
+        self._bits = {x: caches.bits_per_element(x) for x in caches.BASELINES}
+        self._bits[config.label] = PageLayout(config, self.head_dim).bits_per_element
 
-    def run(self, cache: str, batch: int, context: int) -> dict:
-        """Time decoding with one of ``caches`` at one batch size and context.
+    def run(self, cache: str, batch: int, context: int) -> dict[str, Any]:
+        """Time decoding with one of ``makers`` at one batch size and context.
 
         Returns:
             ``cache``, ``batch``, ``context``; ``tokens_per_s`` of all sequences together,
@@ -114,7 +101,7 @@ class GenerateBench:
         skipped = self._too_large(cache, batch, context)
         if skipped is None:
             try:
-                figures = self._measure(self.caches[cache][1](), batch, context)
+                figures = self._measure(self.makers[cache](self.model), batch, context)
             except (ValueError, RuntimeError) as e:
                 skipped = str(e).split("\n")[0]
         clock.release()
@@ -122,44 +109,45 @@ class GenerateBench:
 
     def _too_large(self, cache: str, batch: int, context: int) -> str | None:
         elements = 2 * batch * context * self.kv_heads * self.head_dim * len(self.model.layers)
-        needed = self.weight_bytes + elements * self.caches[cache][0] / 8
+        needed = self.weight_bytes + elements * self._bits[cache] / 8
         there = clock.device_bytes()
         if there is None or needed <= MEMORY_SHARE * there:
             return None
         return f"needs {needed / 1e9:.0f} GB of the device's {there / 1e9:.0f} GB"
 
-    def _measure(self, caches: list, batch: int, context: int) -> dict:
-        self._fill(caches, batch, context)
+    def _measure(self, made: list[Any], batch: int, context: int) -> dict[str, float]:
+        self._fill(made, batch, context)
         clock.release()
-        tokens = mx.zeros((batch, 1), mx.int32)
         mx.reset_peak_memory()
-        tokens = self._decode(caches, tokens, WARM_UP)
-        start = time.perf_counter()
-        self._decode(caches, tokens, self.steps)
-        seconds = time.perf_counter() - start
+        _, seconds = clock.stream_times(self._decode(made, batch))
         return {
-            "tokens_per_s": batch * self.steps / seconds,
+            "tokens_per_s": batch / seconds,
             "peak_bytes": mx.get_peak_memory(),
-            "kv_bytes": sum(cache.nbytes for cache in caches),
+            "kv_bytes": sum(cache.nbytes for cache in made),
         }
 
-    def _fill(self, caches: list, batch: int, context: int) -> None:
+    def _fill(self, made: list[Any], batch: int, context: int) -> None:
         """Put random keys and values into every layer, in place of a prefill."""
         size = (batch, self.kv_heads, min(context, CHUNK), self.head_dim)
         keys, values = (mx.random.normal(size, dtype=mx.bfloat16) for _ in range(2))
-        for cache in caches:
+        for cache in made:
             for start in range(0, context, CHUNK):
                 chunk = slice(0, min(CHUNK, context - start))
                 cache.update_and_fetch(keys[:, :, chunk], values[:, :, chunk])
                 mx.eval([x for _, x in tree_flatten(cache.state) if isinstance(x, mx.array)])
 
-    def _decode(self, caches: list, tokens: mx.array, steps: int) -> mx.array:
+    def _decode(self, made: list[Any], batch: int) -> Iterator[None]:
         """Decode greedily, a step ahead of the tokens that are waited for, as mlx_lm does."""
-        for _ in range(steps):
-            logits = self.model(tokens, cache=caches)
-            ahead = mx.argmax(logits[:, -1:], axis=-1)
-            mx.async_eval(ahead)
+        tokens = self._next(made, mx.zeros((batch, 1), mx.int32))
+        for _ in range(clock.STREAMED):
+            ahead = self._next(made, tokens)
             mx.eval(tokens)
+            yield
             tokens = ahead
         mx.eval(tokens)
-        return tokens
+
+    def _next(self, made: list[Any], tokens: mx.array) -> mx.array:
+        logits = self.model(tokens, cache=made)
+        chosen = mx.argmax(logits[:, -1:], axis=-1)
+        mx.async_eval(chosen)
+        return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import common
+from . import bench_context, bench_serve, common
 
 _SHAPE = ["B", "context", "H", "HKV"]
 NO_GPU = "no GPU: plain MLX operations take the place of the kernels, and defaults are small"
@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--model-shape", help="llama-3.2-1b, llama-3.1-8b or demo")
     generate.add_argument("--batch", help="sequences, such as 1,8")
     generate.add_argument("--context", help="tokens in the cache, such as 4096,32768")
+    serve = benchmarks.add_parser("serve", help="a server that several clients ask")
+    bench_serve.add_arguments(serve)
+    context = benchmarks.add_parser("context", help="a context that grows until memory ends it")
+    bench_context.add_arguments(context)
     for benchmark in (decode, encode):
         common.add_head_dim_argument(benchmark)
     for benchmark in (decode, encode, generate):
@@ -36,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run one benchmark and print its figures."""
-    {"decode": _decode, "encode": _encode, "generate": _generate}[args.benchmark](args)
+    {
+        "decode": _decode,
+        "encode": _encode,
+        "generate": _generate,
+        "serve": bench_serve.run,
+        "context": bench_context.run,
+    }[args.benchmark](args)
 
 
 def _decode(args: argparse.Namespace) -> None:
@@ -136,13 +146,13 @@ def _generate(args: argparse.Namespace) -> None:
     batches = _integers("--batch", args.batch or ("1,8" if gpu else "1"))
     contexts = _integers("--context", args.context or ("4096,32768,131072" if gpu else "1024"))
     bench = generate.GenerateBench(name, config)
-    cases = [(c, b, n) for b in batches for n in contexts for c in bench.caches]
+    cases = [(c, b, n) for b in batches for n in contexts for c in bench.makers]
     figures = []
     with common.progress_bar("bench generate") as advance:
         for case in cases:
             figures.append(bench.run(*case))
             advance(len(figures), len(cases))
-    fields = {"model_shape": name, "steps": bench.steps, "weight_bytes": bench.weight_bytes}
+    fields = {"model_shape": name, "steps": clock.REPEATS, "weight_bytes": bench.weight_bytes}
     if args.json:
         common.print_json(_machine(config) | fields | {"cases": figures})
         return
@@ -173,8 +183,7 @@ def _integers(flag: str, text: str) -> list[int]:
 def _machine(config) -> dict:
     from ..bench import clock
 
-    runs = "kernels" if clock.gpu_backend() else "reference"
-    return {**clock.machine(), "runs": runs, **common.scheme_fields(config)}
+    return {**clock.machine(), "runs": clock.runs(), **common.scheme_fields(config)}
 
 
 def _print_machine(config, fields: dict) -> None:

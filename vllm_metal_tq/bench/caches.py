@@ -1,0 +1,50 @@
+"""The caches that are compared: mlx_lm's own, dense and quantised, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm.models.cache as host
+
+from ..config import TurboQuantConfig
+from ..integrations.mlx_lm import make_prompt_cache
+from ..integrations.mlx_lm.hook import host_caches
+
+DENSE = "bf16"
+GROUP = 64  # elements that share a scale and a bias in mlx_lm's quantised cache, 2 bytes each
+MLX_BITS = {"mlx_lm 8-bit": 8, "mlx_lm 4-bit": 4}
+BASELINES = (DENSE, *MLX_BITS)
+
+Maker = Callable[[nn.Module], list[Any]]
+"""Makes an empty prompt cache of a model."""
+
+
+def maker(name: str, config: TurboQuantConfig | None = None, calibration: Any = None) -> Maker:
+    """What makes the cache of that name: one of ``BASELINES``, or else ours.
+
+    Args:
+        name: of the cache.
+        config: widths of ours.
+        calibration: of the model, for ours.
+    """
+    if name == DENSE:
+        return host_caches
+    if name in MLX_BITS:
+        return partial(_quantised, bits=MLX_BITS[name])
+    return partial(make_prompt_cache, config=config, calibration=calibration)
+
+
+def bits_per_element(name: str) -> float:
+    """Bits that an element takes in one of ``BASELINES``, scales included."""
+    return 16 if name == DENSE else MLX_BITS[name] + 32 / GROUP
+
+
+def _quantised(model: nn.Module, bits: int) -> list[Any]:
+    """Mlx_lm's quantised caches where its layers can have one, as its ``--kv-bits`` does."""
+    return [
+        cache.to_quantized(GROUP, bits) if type(cache) is host.KVCache else cache
+        for cache in host_caches(model)
+    ]
