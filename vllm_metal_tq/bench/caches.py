@@ -6,8 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
+from mlx.utils import tree_flatten
 
 from ..config import TurboQuantConfig
 from ..integrations.mlx_lm import make_prompt_cache
@@ -35,6 +37,12 @@ def maker(name: str, config: TurboQuantConfig | None = None, calibration: Any = 
     if name in MLX_BITS:
         return partial(_quantised, bits=MLX_BITS[name])
     return partial(make_prompt_cache, config=config, calibration=calibration)
+
+
+def arrays(tree: Any) -> list[mx.array]:
+    """All arrays in a tree, such as a model's parameters or a cache's state."""
+    leaves = dict(tree_flatten(tree)).values()
+    return [leaf for leaf in leaves if isinstance(leaf, mx.array)]
 
 
 def bits_per_element(name: str) -> float:

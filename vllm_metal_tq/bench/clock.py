@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from typing import Any
 
 import mlx.core as mx
 
@@ -32,7 +33,7 @@ def runs() -> str:
 def machine() -> dict[str, str]:
     """The name of the device that MLX runs on, and MLX's version."""
     name = mx.device_info().get("device_name", "unknown")
-    return {"device": f"{name} ({gpu_backend() or 'CPU'})", "mlx": mx.__version__}
+    return {"device": f"{name} ({gpu_backend() or 'CPU'})", "mlx": metadata.version("mlx")}
 
 
 def software() -> dict[str, str]:
@@ -42,7 +43,7 @@ def software() -> dict[str, str]:
     return {
         "system": f"{system} {platform.machine()}",
         "vllm_metal_tq": __version__,
-        "mlx": mx.__version__,
+        "mlx": metadata.version("mlx"),
         "mlx_lm": metadata.version("mlx-lm"),
     }
 
@@ -50,7 +51,8 @@ def software() -> dict[str, str]:
 def device_bytes() -> int | None:
     """The device's memory, None where MLX does not say."""
     info = mx.device_info()
-    return info.get("memory_size") or info.get("total_memory")
+    size = info.get("memory_size") or info.get("total_memory")
+    return None if size is None else int(size)
 
 
 def wall(call: Callable[[], object]) -> float:
@@ -80,14 +82,14 @@ def stream_times(stream: Iterable[object]) -> tuple[float, float]:
     return seconds[0], statistics.median(seconds[1 + WARM_UP :])
 
 
-def kernel_time(call: Callable[[object], object], inputs: Sequence) -> float:
+def kernel_time(call: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
     """Seconds of one ``call(x)`` where the host costs nothing.
 
     All inputs are evaluated in one graph. They must differ, or equal calls would become one; on
     a GPU the graph is compiled, so that the host only enqueues it.
     """
 
-    def batch(xs):
+    def batch(xs: list[Any]) -> list[Any]:
         return [call(x) for x in xs]
 
     run = mx.compile(batch) if gpu_backend() else batch
@@ -101,7 +103,7 @@ def chain_time(call: Callable[[mx.array], mx.array], x: mx.array, length: int) -
     On a GPU the chain is compiled, as in ``kernel_time``. Calls cannot overlap here.
     """
 
-    def chain(y):
+    def chain(y: mx.array) -> mx.array:
         for _ in range(length):
             y = call(y)
         return y

@@ -8,12 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from ..integrations.mlx_lm import report
 from . import clock
-from .caches import DENSE, Maker, maker
+from .caches import DENSE, Maker, arrays, maker
 from .process import rss_high_water
 
 PREFILL = 2048  # tokens of a prompt that are processed at a time, mlx_lm's default
@@ -51,15 +50,15 @@ def model_limit(model: nn.Module) -> int | None:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters."""
-    return sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+    return sum(x.nbytes for x in arrays(model.parameters()))
 
 
 def kv_dtype(model: nn.Module) -> str:
     """The dtype of keys and values as the model makes them, by name."""
     caches = maker(DENSE)(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
-    stored = (x for cache in caches for _, x in tree_flatten(cache.state))
-    return next(str(x.dtype) for x in stored if isinstance(x, mx.array)).removeprefix("mlx.core.")
+    stored = arrays([cache.state for cache in caches])
+    return str(stored[0].dtype).removeprefix("mlx.core.")
 
 
 def contexts(step: int, limit: int) -> list[int]:
@@ -105,15 +104,22 @@ def grow(
 
 def _extend(model: nn.Module, caches: list[Any], text: Sequence[int]) -> tuple[float, float]:
     """Append as many tokens as ``text`` has; tokens a second of its prompt, and of decoding."""
-    prompt = mx.array(text[: len(text) - clock.STREAMED])
-    with wired_limit(model, [generation_stream]):
+    prompt = mx.array(list(text[: len(text) - clock.STREAMED]))
+    streams: list[Any] = [generation_stream]
+    with wired_limit(model, streams):
         first, between = clock.stream_times(_decoded(model, caches, prompt))
     return prompt.size / first, 1 / between
 
 
 def _decoded(model: nn.Module, caches: list[Any], prompt: mx.array) -> Generator[int, None, None]:
     """Tokens that mlx_lm decodes after ``prompt``; the cache holds them too in the end."""
-    options = {"max_tokens": clock.STREAMED, "prefill_step_size": PREFILL}
-    for token, _ in generate_step(prompt, model, prompt_cache=caches, **options):
+    tokens = generate_step(
+        prompt,
+        model,
+        max_tokens=clock.STREAMED,
+        prompt_cache=caches,
+        prefill_step_size=PREFILL,
+    )
+    for token, _ in tokens:
         yield int(token)
     mx.eval([cache.state for cache in caches])  # the last token, which is on its way

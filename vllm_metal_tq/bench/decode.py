@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import mlx.core as mx
@@ -14,6 +15,9 @@ from ..layout import PageLayout
 from ..pages import PagePool
 from ..rotation import rotate, unrotate
 from . import clock
+
+Attend = Callable[[mx.array], mx.array]
+"""Attention of queries over a cache."""
 
 ENCODED_BLOCKS = 32  # encoded once; a cache is made of their copies
 CHECKED_ROWS = 3
@@ -28,7 +32,7 @@ class Shape:
     heads: int
     kv_heads: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.batch, self.context, self.heads, self.kv_heads) < 1:
             raise ValueError(f"shape {self.text}: all four numbers must be at least 1")
         if self.heads % self.kv_heads:
@@ -75,7 +79,7 @@ class PagedCache:
     block_table: mx.array = field(init=False)
     lengths: mx.array = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape, size = self.shape, self.layout.config.block_size
         blocks = -(-shape.context // size)
         self.pages = _random_pages(shape.batch * blocks, shape.kv_heads, self.layout)
@@ -136,7 +140,8 @@ class PagedCache:
             keys, values = (np.array(x).astype(np.float64) for x in past)
         logits = keys @ query * self.layout.head_dim**-0.5
         weights = np.exp(logits - logits.max())
-        return weights @ values / weights.sum()
+        attended: np.ndarray = weights @ values / weights.sum()
+        return attended
 
 
 def _random_pages(num_blocks: int, kv_heads: int, layout: PageLayout) -> mx.array:
@@ -190,7 +195,7 @@ def bench_decode(
     }
 
 
-def _dense(shape: Shape, head_dim: int):
+def _dense(shape: Shape, head_dim: int) -> Attend:
     """Attention over random bf16 keys and values, as a function of the queries."""
     size = (shape.batch, shape.kv_heads, shape.context, head_dim)
     keys, values = (mx.random.normal(size, dtype=mx.bfloat16) for _ in range(2))
@@ -200,7 +205,7 @@ def _dense(shape: Shape, head_dim: int):
     )
 
 
-def _times(attend, shape: Shape, head_dim: int) -> dict[str, float]:
+def _times(attend: Attend, shape: Shape, head_dim: int) -> dict[str, float]:
     """Microseconds of ``attend`` on bf16 queries, in the three ways of ``bench_decode``."""
     calls = 32 if clock.gpu_backend() else 2
     size = (shape.batch, shape.heads, 1, head_dim)

@@ -36,18 +36,24 @@ def bench_encode(
     layout = PageLayout(config, head_dim)
     calls = (32 if num_tokens <= 64 else 8) if clock.gpu_backend() else 2
     shape = (KV_HEADS, num_tokens, head_dim)
-    inputs = [
-        tuple(mx.random.normal(shape, dtype=mx.bfloat16) for _ in range(2)) for _ in range(calls)
-    ]
-    kernel = encode if clock.gpu_backend() else codec.encode
-    seconds = clock.kernel_time(lambda pair: kernel(*pair, layout), inputs)
+
+    def random() -> mx.array:
+        return mx.random.normal(shape, dtype=mx.bfloat16)
+
+    def call(pair: tuple[mx.array, mx.array]) -> mx.array:
+        keys, values = pair
+        kernel = encode if clock.gpu_backend() else codec.encode
+        return kernel(keys, values, layout)
+
+    inputs = [(random(), random()) for _ in range(calls)]
+    seconds = clock.kernel_time(call, inputs)
     moved = sum(x.nbytes for x in inputs[0]) + KV_HEADS * num_tokens * layout.row_bytes
     return {
         "tokens": num_tokens,
         "encode_us": 1e6 * seconds,
         "gbps": moved / seconds / 1e9,
         "copy_share": moved / seconds / bandwidth,
-        "encode_call_us": 1e6 * clock.wall(lambda: kernel(*inputs[0], layout)),
+        "encode_call_us": 1e6 * clock.wall(lambda: call(inputs[0])),
         "bf16_append_call_us": 1e6 * _dense_append_time(*inputs[0]),
     }
 
@@ -59,7 +65,7 @@ def _dense_append_time(keys: mx.array, values: mx.array) -> float:
     cache = [mx.zeros((heads, room, head_dim), mx.bfloat16) for _ in range(2)]
     mx.eval(cache)
 
-    def append():
+    def append() -> list[mx.array]:
         for part, new in zip(cache, (keys, values), strict=True):
             part[:, num_tokens : 2 * num_tokens] = new
         return cache
@@ -82,7 +88,7 @@ def bench_append(cache_tokens: int, head_dim: int, config: TurboQuantConfig) -> 
     row = mx.zeros((KV_HEADS, 1, layout.row_bytes), mx.uint8)
     mx.eval(table.pool.pages, row)
 
-    def append():
+    def append() -> mx.array:
         table.trim(1)
         table.append(row)
         return table.pool.pages

@@ -7,14 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from ..config import TurboQuantConfig
 from ..layout import PageLayout
 from . import caches, clock
 
-_COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5}
+_COMMON: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5}
 MODEL_SHAPES = {
     "llama-3.2-1b": llama.ModelArgs(
         **_COMMON,
@@ -81,9 +80,9 @@ class GenerateBench:
     def __init__(self, name: str, config: TurboQuantConfig):
         args = MODEL_SHAPES[name]
         self.model = random_model(name)
-        self.kv_heads = args.num_key_value_heads
+        self.kv_heads: int = args.num_key_value_heads or args.num_attention_heads
         self.head_dim = args.head_dim or args.hidden_size // args.num_attention_heads
-        self.weight_bytes = sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
+        self.weight_bytes = sum(x.nbytes for x in caches.arrays(self.model.parameters()))
         self.makers = {x: caches.maker(x, config) for x in (*caches.BASELINES, config.label)}
         self._bits = {x: caches.bits_per_element(x) for x in caches.BASELINES}
         self._bits[config.label] = PageLayout(config, self.head_dim).bits_per_element
@@ -134,7 +133,7 @@ class GenerateBench:
             for start in range(0, context, CHUNK):
                 chunk = slice(0, min(CHUNK, context - start))
                 cache.update_and_fetch(keys[:, :, chunk], values[:, :, chunk])
-                mx.eval([x for _, x in tree_flatten(cache.state) if isinstance(x, mx.array)])
+                mx.eval(caches.arrays(cache.state))
 
     def _decode(self, made: list[Any], batch: int) -> Iterator[None]:
         """Decode greedily, a step ahead of the tokens that are waited for, as mlx_lm does."""

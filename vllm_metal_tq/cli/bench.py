@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from ..config import TurboQuantConfig
 from . import bench_context, bench_serve, common
 
 _SHAPE = ["B", "context", "H", "HKV"]
@@ -85,11 +87,11 @@ def _decode(args: argparse.Namespace) -> None:
     )
 
 
-def _shape(figures: dict) -> list[str]:
+def _shape(figures: dict[str, Any]) -> list[str]:
     return [str(figures[name]) for name in ("batch", "context", "heads", "kv_heads")]
 
 
-def _bandwidth(figures: dict) -> list[str]:
+def _bandwidth(figures: dict[str, Any]) -> list[str]:
     return [f"{figures['gbps']:.1f}", f"{100 * figures['copy_share']:.0f} %"]
 
 
@@ -127,8 +129,8 @@ def _encode(args: argparse.Namespace) -> None:
         ["tokens in pages", "bytes", "append of 1 token, us", "memory it takes"],
         [
             [
-                *(str(x["cache_tokens"]), common.size(x["cache_bytes"])),
-                *(f"{x['append_us']:.1f}", common.size(x["extra_bytes"])),
+                *(str(x["cache_tokens"]), common.size(int(x["cache_bytes"]))),
+                *(f"{x['append_us']:.1f}", common.size(int(x["extra_bytes"]))),
             ]
             for x in appended
         ],
@@ -163,7 +165,7 @@ def _generate(args: argparse.Namespace) -> None:
     )
 
 
-def _generated(case: dict) -> list[str]:
+def _generated(case: dict[str, Any]) -> list[str]:
     if case["skipped"] is not None:
         return [f"skipped: {case['skipped']}", "", ""]
     sizes = [common.size(case[name]) for name in ("peak_bytes", "kv_bytes")]
@@ -180,13 +182,13 @@ def _integers(flag: str, text: str) -> list[int]:
     return numbers
 
 
-def _machine(config) -> dict:
+def _machine(config: TurboQuantConfig) -> dict[str, Any]:
     from ..bench import clock
 
     return {**clock.machine(), "runs": clock.runs(), **common.scheme_fields(config)}
 
 
-def _print_machine(config, fields: dict) -> None:
+def _print_machine(config: TurboQuantConfig, fields: dict[str, Any]) -> None:
     machine = _machine(config)
     line = {"device": machine["device"], "MLX": machine["mlx"], "scheme": config.label}
     shown = {_LABELS[name]: _figure(name, value) for name, value in fields.items()}
@@ -204,7 +206,7 @@ _LABELS = {
 }
 
 
-def _figure(name: str, value) -> str:
+def _figure(name: str, value: Any) -> str:
     if name.endswith("bytes"):
         return common.size(value)
     return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -85,7 +87,7 @@ def _limit_bytes(memory: str | None) -> int | None:
 
     here = machine.this_mac()
     if memory is None:
-        return here and here.working_set_bytes
+        return here.working_set_bytes if here else None
     wanted = machine.memory_size(memory)
     mac = here if here and here.memory_bytes == wanted else machine.estimated(wanted)
     return mac.working_set_bytes
@@ -126,14 +128,13 @@ def _grow(
     """Measure one cache, in a process that does nothing else."""
     from ..bench import caches, context
 
-    model, tokenizer = common.load_model(args.model)
+    with contextlib.redirect_stderr(io.StringIO()):  # the progress shown is the parent's
+        model, tokenizer = common.load_model(args.model)
+        calibration = common.calibration_for(args, model, tokenizer)
     ids = tokenizer.encode(common.read_text(None, "alice.txt"))
     text = (ids * (lengths[-1] // len(ids) + 1))[: lengths[-1]]
-    if cache in caches.BASELINES:
-        make = caches.maker(cache)
-    else:
-        calibration = common.calibration_for(args, model, tokenizer)
-        make = caches.maker(cache, TurboQuantConfig.from_names(cache), calibration)
+    config = None if cache in caches.BASELINES else TurboQuantConfig.from_names(cache)
+    make = caches.maker(cache, config, calibration)
     return (yield from context.grow(model, make, text, lengths, limit_bytes))
 
 

@@ -148,7 +148,7 @@ def _options(args: argparse.Namespace, port: int) -> argparse.Namespace:
 
 
 def _serve_ours(args: argparse.Namespace, cache: str, port: int) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         serve.run(_options(args, port))
 
 
@@ -159,18 +159,20 @@ def _serve_theirs(args: argparse.Namespace, cache: str, port: int) -> None:
 
     from ..bench.caches import GROUP, MLX_BITS
 
-    class Provider(server.ModelProvider):  # type: ignore[misc]
+    class Provider(server.ModelProvider):
         """Loads by name what mlx_lm does not know."""
 
-        def _load(self, model_path, adapter_path=None, draft_model_path=None):  # type: ignore[no-untyped-def]
+        model_key: Any
+
+        def _load(self, model_path: str, *others: Any) -> None:
             if model_path != common.DEMO_MODEL:
-                super()._load(model_path, adapter_path, draft_model_path)
+                super()._load(model_path, *others)  # type: ignore[no-untyped-call]
                 return
             self.model, self.tokenizer = common.load_model(model_path)
-            self.model_key = (model_path, adapter_path, draft_model_path)
+            self.model_key = (model_path, *others)
             self.is_batchable = True
 
-    class Quiet(server.APIHandler):  # type: ignore[misc]
+    class Quiet(server.APIHandler):
         """Logs no requests."""
 
         def log_message(self, *_: object) -> None:
