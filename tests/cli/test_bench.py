@@ -20,6 +20,7 @@ ENCODE = {
     *("encode_call_us", "bf16_append_call_us"),
 }
 APPEND = {"cache_tokens", "cache_bytes", "append_us", "extra_bytes"}
+CACHES = ["bf16", "mlx_lm 8-bit", "mlx_lm 4-bit", "tq4"]
 GENERATE = {"cache", "batch", "context", "tokens_per_s", "peak_bytes", "kv_bytes", "skipped"}
 
 
@@ -89,18 +90,18 @@ def test_a_copied_cache_would_show():
     assert clock.extra_memory(lambda: cache + 1) >= cache.nbytes
 
 
-def test_generate_compares_three_caches(capsys):
+def test_generate_compares_four_caches(capsys):
     flags = ("--model-shape", "tiny", "--batch", "1", "--context", "64,300")
     answer = figures(capsys, "generate", *flags)
     assert set(answer) == MACHINE | {"model_shape", "steps", "weight_bytes", "cases"}
     cases = [(x["context"], x["cache"]) for x in answer["cases"]]
-    assert cases == [(n, c) for n in (64, 300) for c in ("bf16", "mlx_lm 4-bit", "tq4")]
+    assert cases == [(n, c) for n in (64, 300) for c in CACHES]
     for x in answer["cases"]:
         assert set(x) == GENERATE
         if x["skipped"] is None:
             assert x["peak_bytes"] >= answer["weight_bytes"] + x["kv_bytes"]
             assert x["tokens_per_s"] > 0
-    dense, ours = answer["cases"][3], answer["cases"][5]
+    dense, *_, ours = answer["cases"][4:]
     assert (dense["skipped"], ours["skipped"]) == (None, None)
     assert dense["kv_bytes"] == 2 * 2 * 2 * 64 * 2 * 512  # room for 300 tokens and some steps
     assert 3 * ours["kv_bytes"] < dense["kv_bytes"]
@@ -117,11 +118,11 @@ def test_what_cannot_run_is_skipped_with_a_reason(capsys, monkeypatch):
 
 
 def test_a_cache_that_refuses_is_skipped_with_its_message():
-    def refuse():
+    def refuse(model):
         raise ValueError("one sequence only\nand more")
 
     cases = generate.GenerateBench("tiny", TurboQuantConfig(4, 4))
-    cases.caches["tq4"] = (4.25, refuse)
+    cases.makers["tq4"] = refuse
     assert cases.run("tq4", 8, 64)["skipped"] == "one sequence only"
 
 

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,17 +52,23 @@ def apart(work: Callable[..., Generator[Any, None, Any]], *args: Any) -> Generat
 
 
 def _run(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with suppress(BrokenPipeError):  # nobody listens any more
+        for message in _messages(work, args):
+            sender.send(message)
+
+
+def _messages(work: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:
     try:
         generator = work(*args)
         while True:
-            sender.send((_YIELDED, next(generator)))
+            yield _YIELDED, next(generator)
     except StopIteration as end:
-        sender.send((_RETURNED, end.value))
+        yield _RETURNED, end.value
     except (ValueError, OSError) as error:
-        sender.send((_FAILED, ValueError(str(error))))
+        yield _FAILED, ValueError(str(error))
     except Exception as error:
         first = str(error).split("\n")[0]
-        sender.send((_FAILED, ProcessError(f"{type(error).__name__}: {first}")))
+        yield _FAILED, ProcessError(f"{type(error).__name__}: {first}")
 
 
 @contextmanager
