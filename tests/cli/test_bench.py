@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from vllm_metal_tq.bench import clock, encode, generate
+from vllm_metal_tq.bench import clock, decode, encode, generate
 from vllm_metal_tq.bench.decode import PagedCache, Shape
 from vllm_metal_tq.cli import main
 from vllm_metal_tq.config import TurboQuantConfig
@@ -13,11 +13,12 @@ from vllm_metal_tq.layout import PageLayout
 MACHINE = {"device", "mlx", "runs", "preset", "k_quant", "v_quant"}
 DECODE = {
     *("batch", "context", "heads", "kv_heads", "kernel_us", "sdpa_us", "speedup", "gbps"),
+    *("mlx_8bit_us", "mlx_4bit_us"),
     *("copy_share", "rel_error", "call_us", "sdpa_call_us", "chain_us", "sdpa_chain_us"),
 }
 ENCODE = {
     *("tokens", "encode_us", "gbps", "copy_share"),
-    *("encode_call_us", "bf16_append_call_us"),
+    *("encode_call_us", "bf16_append_call_us", "mlx_4bit_call_us"),
 }
 APPEND = {"cache_tokens", "cache_bytes", "append_us", "extra_bytes"}
 CACHES = ["bf16", "mlx_lm 8-bit", "mlx_lm 4-bit", "tq4"]
@@ -160,3 +161,8 @@ def test_bad_input_gets_one_clear_line(capsys, flags, message):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_what_mlx_cannot_quantise_has_no_time():
+    times = (decode._quantised_time(Shape(1, 32, 4, 2), head_dim, 4) for head_dim in (64, 80))
+    assert [microseconds is None for microseconds in times] == [clock.gpu_backend() == "cuda", True]

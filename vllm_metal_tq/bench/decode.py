@@ -1,4 +1,4 @@
-"""Attention of one new token over compressed pages, beside dense attention in bf16."""
+"""Attention of one new token over compressed pages, beside mlx_lm's caches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from .. import codec
 from ..config import TurboQuantConfig
@@ -14,7 +15,7 @@ from ..kernels.decode import Options, decode
 from ..layout import PageLayout
 from ..pages import PagePool
 from ..rotation import rotate, unrotate
-from . import clock
+from . import caches, clock
 
 Attend = Callable[[mx.array], mx.array]
 """Attention of queries over a cache."""
@@ -157,8 +158,8 @@ def _random_pages(num_blocks: int, kv_heads: int, layout: PageLayout) -> mx.arra
 
 def bench_decode(
     shape: Shape, head_dim: int, config: TurboQuantConfig, bandwidth: float
-) -> dict[str, float]:
-    """Time one shape on both sides.
+) -> dict[str, float | None]:
+    """Time one shape on all sides.
 
     Args:
         shape: sequences, tokens, heads.
@@ -168,9 +169,10 @@ def bench_decode(
 
     Returns:
         The shape; ``kernel_us`` and ``sdpa_us`` of a call with the host's part hidden, their
-        ratio ``speedup``; ``gbps`` of compressed bytes and its share of the copy's;
-        ``rel_error``; wall time of a call that is evaluated at once (``call_us``) and of one in
-        a chain (``chain_us``), with ``sdpa_`` for dense attention.
+        ratio ``speedup``; ``mlx_8bit_us`` and ``mlx_4bit_us``, None where MLX cannot; ``gbps``
+        of compressed bytes and its share of the copy's; ``rel_error``; wall time of a call that
+        is evaluated at once (``call_us``) and of one in a chain (``chain_us``), with ``sdpa_``
+        for dense attention.
     """
     cache = PagedCache(shape, PageLayout(config, head_dim))
     rel_error = cache.rel_error()
@@ -180,10 +182,13 @@ def bench_decode(
     clock.release()
     sdpa = _times(_dense(shape, head_dim), shape, head_dim)
     clock.release()
+    quantised = {bits: _quantised_time(shape, head_dim, bits) for bits in caches.MLX_BITS.values()}
+    clock.release()
     return {
         **asdict(shape),
         "kernel_us": ours["kernel_us"],
         "sdpa_us": sdpa["kernel_us"],
+        **{f"mlx_{bits}bit_us": microseconds for bits, microseconds in quantised.items()},
         "speedup": sdpa["kernel_us"] / ours["kernel_us"],
         "gbps": gbps,
         "copy_share": gbps * 1e9 / bandwidth,
@@ -195,23 +200,52 @@ def bench_decode(
     }
 
 
+def _random(shape: Shape, head_dim: int) -> list[mx.array]:
+    """Keys and values in bf16."""
+    size = (shape.batch, shape.kv_heads, shape.context, head_dim)
+    return [mx.random.normal(size, dtype=mx.bfloat16) for _ in range(2)]
+
+
 def _dense(shape: Shape, head_dim: int) -> Attend:
     """Attention over random bf16 keys and values, as a function of the queries."""
-    size = (shape.batch, shape.kv_heads, shape.context, head_dim)
-    keys, values = (mx.random.normal(size, dtype=mx.bfloat16) for _ in range(2))
+    keys, values = _random(shape, head_dim)
     mx.eval(keys, values)
     return lambda queries: mx.fast.scaled_dot_product_attention(
         queries, keys, values, scale=head_dim**-0.5
     )
 
 
+def _quantised_time(shape: Shape, head_dim: int, bits: int) -> float | None:
+    """Microseconds of a call over mlx_lm's quantised cache, or None where MLX cannot run it."""
+    group = caches.GROUP
+    try:
+        keys, values = (mx.quantize(x, group, bits) for x in _random(shape, head_dim))
+        mx.eval(keys, values)
+
+        def attend(queries: mx.array) -> mx.array:
+            scale = head_dim**-0.5
+            # It scales its queries in place, which are used again here.
+            return quantized_scaled_dot_product_attention(
+                queries + 0, keys, values, scale, None, group, bits
+            )
+
+        return 1e6 * clock.kernel_time(attend, _queries(shape, head_dim))
+    except (ValueError, RuntimeError):
+        return None
+
+
+def _queries(shape: Shape, head_dim: int) -> list[mx.array]:
+    """Queries in bf16 for as many calls as are timed together."""
+    size = (shape.batch, shape.heads, 1, head_dim)
+    calls = 32 if clock.gpu_backend() else 2
+    return [mx.random.normal(size, dtype=mx.bfloat16) for _ in range(calls)]
+
+
 def _times(attend: Attend, shape: Shape, head_dim: int) -> dict[str, float]:
     """Microseconds of ``attend`` on bf16 queries, in the three ways of ``bench_decode``."""
-    calls = 32 if clock.gpu_backend() else 2
-    size = (shape.batch, shape.heads, 1, head_dim)
-    queries = [mx.random.normal(size, dtype=mx.bfloat16) for _ in range(calls)]
+    queries = _queries(shape, head_dim)
     return {
         "kernel_us": 1e6 * clock.kernel_time(attend, queries),
         "call_us": 1e6 * clock.wall(lambda: attend(queries[0])),
-        "chain_us": 1e6 * clock.chain_time(attend, queries[0], calls),
+        "chain_us": 1e6 * clock.chain_time(attend, queries[0], len(queries)),
     }

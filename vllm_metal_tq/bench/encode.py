@@ -1,4 +1,4 @@
-"""Encoding new tokens and storing them, beside appending them to a dense cache in bf16."""
+"""Encoding new tokens and storing them, beside what mlx_lm's caches do with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..config import TurboQuantConfig
 from ..kernels.encode import encode
 from ..layout import PageLayout
 from ..pages import BlockTable, PagePool
-from . import clock
+from . import caches, clock
 
 KV_HEADS = 8
 GPU_TOKENS, CPU_TOKENS = [1, 8192], [1, 256]
@@ -18,8 +18,8 @@ GPU_CACHE_TOKENS, CPU_CACHE_TOKENS = [4096, 1 << 20], [1024, 1 << 16]
 
 def bench_encode(
     num_tokens: int, head_dim: int, config: TurboQuantConfig, bandwidth: float
-) -> dict[str, float]:
-    """Time the encoding of ``num_tokens`` tokens of 8 KV heads, and a dense bf16 append of them.
+) -> dict[str, float | None]:
+    """Time the encoding of ``num_tokens`` tokens of 8 KV heads, and what mlx_lm does instead.
 
     Args:
         num_tokens: tokens of a call.
@@ -30,8 +30,8 @@ def bench_encode(
     Returns:
         ``tokens``; ``encode_us`` of a call with the host's part hidden, ``gbps`` of keys and
         values read and rows written in that time, and its share of the copy's;
-        ``encode_call_us`` and ``bf16_append_call_us``, wall time of a call that is evaluated at
-        once.
+        ``encode_call_us``, ``bf16_append_call_us`` and ``mlx_4bit_call_us``, wall time of a call
+        that is evaluated at once; the last is that of quantising alone, None where MLX cannot.
     """
     layout = PageLayout(config, head_dim)
     calls = (32 if num_tokens <= 64 else 8) if clock.gpu_backend() else 2
@@ -55,6 +55,7 @@ def bench_encode(
         "copy_share": moved / seconds / bandwidth,
         "encode_call_us": 1e6 * clock.wall(lambda: call(inputs[0])),
         "bf16_append_call_us": 1e6 * _dense_append_time(*inputs[0]),
+        "mlx_4bit_call_us": _quantise_time(*inputs[0]),
     }
 
 
@@ -71,6 +72,18 @@ def _dense_append_time(keys: mx.array, values: mx.array) -> float:
         return cache
 
     return clock.wall(append)
+
+
+def _quantise_time(keys: mx.array, values: mx.array) -> float | None:
+    """Microseconds of quantising as mlx_lm's 4-bit cache does, or None where MLX cannot."""
+
+    def quantise() -> list[object]:
+        return [mx.quantize(x, group_size=caches.GROUP, bits=4) for x in (keys, values)]
+
+    try:
+        return 1e6 * clock.wall(quantise)
+    except (ValueError, RuntimeError):
+        return None
 
 
 def bench_append(cache_tokens: int, head_dim: int, config: TurboQuantConfig) -> dict[str, float]:

@@ -15,6 +15,8 @@ EXAMPLES = (
     'vllm-metal-tq bench decode --shapes "1,131072,32,8;8,32768,32,8" --head-dim 128',
     "vllm-metal-tq bench encode --tokens 1,8192",
     "vllm-metal-tq bench generate --model-shape llama-3.2-1b --batch 1,8 --context 4096,32768",
+    "vllm-metal-tq bench serve --model demo --clients 4 --requests 16",
+    "vllm-metal-tq bench context --model demo --memory 8GB --presets tq8,tq4",
 )
 
 
@@ -70,12 +72,15 @@ def _decode(args: argparse.Namespace) -> None:
         return
     _print_machine(layout.config, fields)
     common.print_columns(
-        [*_SHAPE, "us", "bf16 us", "speedup", "GB/s", "of copy", "error"],
+        [
+            *(*_SHAPE, "us", "bf16 us", "mlx 8-bit us", "4-bit us"),
+            *("speedup", "GB/s", "of copy", "error"),
+        ],
         [
             [
                 *_shape(x),
-                *(f"{x['kernel_us']:.1f}", f"{x['sdpa_us']:.1f}", f"{x['speedup']:.2f}x"),
-                *(*_bandwidth(x), f"{x['rel_error']:.1e}"),
+                *map(_micro, (x["kernel_us"], x["sdpa_us"], x["mlx_8bit_us"], x["mlx_4bit_us"])),
+                *(f"{x['speedup']:.2f}x", *_bandwidth(x), f"{x['rel_error']:.1e}"),
             ]
             for x in figures
         ],
@@ -85,6 +90,10 @@ def _decode(args: argparse.Namespace) -> None:
         [*_SHAPE, "wall us, evaluated at once", "bf16", "in a chain", "bf16"],
         [[*_shape(x), *(f"{x[name]:.1f}" for name in names)] for x in figures],
     )
+
+
+def _micro(microseconds: float | None) -> str:
+    return "" if microseconds is None else f"{microseconds:.1f}"
 
 
 def _shape(figures: dict[str, Any]) -> list[str]:
@@ -116,11 +125,12 @@ def _encode(args: argparse.Namespace) -> None:
         return
     _print_machine(layout.config, fields)
     common.print_columns(
-        ["tokens", "encode us", "GB/s", "of copy", "wall us, encode", "bf16 append"],
+        ["tokens", "encode us", "GB/s", "of copy", "wall us, encode", "bf16 append", "mlx 4-bit"],
         [
             [
                 *(str(x["tokens"]), f"{x['encode_us']:.1f}", *_bandwidth(x)),
                 *(f"{x['encode_call_us']:.1f}", f"{x['bf16_append_call_us']:.1f}"),
+                _micro(x["mlx_4bit_call_us"]),
             ]
             for x in encoded
         ],
