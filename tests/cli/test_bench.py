@@ -164,5 +164,6 @@ def test_bad_input_gets_one_clear_line(capsys, flags, message):
 
 
 def test_what_mlx_cannot_quantise_has_no_time():
-    times = (decode._quantised_time(Shape(1, 32, 4, 2), head_dim, 4) for head_dim in (64, 80))
-    assert [microseconds is None for microseconds in times] == [clock.gpu_backend() == "cuda", True]
+    able, unable = (decode._quantised_time(Shape(1, 32, 4, 2), dim, 4) for dim in (64, 80))
+    assert unable is None
+    assert clock.gpu_backend() == "cuda" or able > 0  # which cannot run some shapes
