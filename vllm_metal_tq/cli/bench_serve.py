@@ -166,7 +166,7 @@ def _serve_theirs(args: argparse.Namespace, cache: str, port: int) -> None:
 
         def _load(self, model_path: str, *others: Any) -> None:
             if model_path != common.DEMO_MODEL:
-                super()._load(model_path, *others)  # type: ignore[no-untyped-call]
+                super()._load(model_path, *others)
                 return
             self.model, self.tokenizer = common.load_model(model_path)
             self.model_key = (model_path, *others)

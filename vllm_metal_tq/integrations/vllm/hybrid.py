@@ -63,13 +63,13 @@ def align(
     logger.info("turboquant: blocks of %d tokens hold a state", cache.block_size)
 
 
-def _state_bytes(vllm_config) -> int:
+def _state_bytes(vllm_config: VllmConfig) -> int:
     """Of the largest state that a layer keeps."""
     model = vllm_config.model_config
     architecture, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
     if hasattr(architecture, "get_mamba_specs_from_config"):  # layers of several kinds
         specs = architecture.get_mamba_specs_from_config(vllm_config)
-        return max(spec.page_size_bytes for spec in specs)
+        return max(int(spec.page_size_bytes) for spec in specs)
     shapes = architecture.get_mamba_state_shape_from_config(vllm_config)
     dtypes = architecture.get_mamba_state_dtype_from_config(vllm_config)
-    return MambaSpec(shapes=shapes, dtypes=dtypes, block_size=-1).page_size_bytes
+    return int(MambaSpec(shapes=shapes, dtypes=dtypes, block_size=-1).page_size_bytes)
