@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from ..plan.machine import Machine
     from ..plan.plan import Plan, Question, Row
 
+EXAMPLES = (
+    "vllm-metal-tq plan --model llama-3.2-1b --memory 8GB --weights-bits 4 --chip M1",
+    "vllm-metal-tq plan --model qwen3-8b --memory 16GB --weights-bits 4 --context 32768 --json",
+    "vllm-metal-tq plan --model ./config.json --memory 24GB --engine vllm --plot plan.png",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``plan``."""
