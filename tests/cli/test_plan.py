@@ -8,14 +8,9 @@ from vllm_metal_tq.cli import main
 from vllm_metal_tq.plan import machine
 
 LLAMA = ("--model", "llama-3.2-1b", "--memory", "8GB")
-FIELDS = {
-    *("model", "engine", "memory_bytes", "working_set_bytes", "working_set_measured"),
-    *("parameters", "weight_bytes", "kv_budget_bytes", "context", "concurrency"),
-    *("max_position_embeddings", "decode_context", "rows"),
-}
 ROW = {
-    *("preset", "k_quant", "v_quant", "bytes_per_token", "max_context", "max_concurrency"),
-    *("fits", "decode_tps", "note"),
+    *("preset", "bytes_per_token", "max_context", "max_concurrency", "fits", "weight_bytes"),
+    *("working_set_bytes", "decode_tps", "decode_context", "note"),
 }
 SCHEMES = ["bf16", "mlx_lm 8-bit", "mlx_lm 4-bit", "tq8", "tq6", "tq4", "tq3", "tq2"]
 
@@ -38,15 +33,16 @@ def no_mac(monkeypatch):
 
 def test_json_has_all_schemes(capsys):
     found = answer(capsys, *LLAMA, "--weights-bits", "4")
-    assert set(found) == FIELDS
+    assert set(found) == {"model", "memory_bytes", "kv_budget_bytes", "rows"}
     assert [row["preset"] for row in found["rows"]] == SCHEMES
     assert all(set(row) == ROW for row in found["rows"])
-    assert found["memory_bytes"] == 8 << 30
-    left = (8 << 30) * 2 // 3 - found["weight_bytes"]
+    bf16, tq4 = found["rows"][0], found["rows"][5]
+    assert (found["model"], found["memory_bytes"]) == ("llama-3.2-1b", 8 << 30)
+    assert tq4["working_set_bytes"] == (8 << 30) * 2 // 3
+    left = tq4["working_set_bytes"] - tq4["weight_bytes"]
     assert found["kv_budget_bytes"] == int(0.8 * left)
-    tq4 = found["rows"][5]
-    assert (tq4["k_quant"], tq4["v_quant"], tq4["bytes_per_token"]) == ("q4_0", "q4_0", 8704)
-    assert tq4["max_context"] > 3 * found["rows"][0]["max_context"]
+    assert tq4["bytes_per_token"] == 8704
+    assert tq4["max_context"] > 3 * bf16["max_context"]
     assert (tq4["decode_tps"], tq4["fits"]) == (None, None)
 
 
@@ -82,11 +78,28 @@ def test_a_mac_says_itself_what_a_process_may_use(capsys, monkeypatch):
     here = machine.Machine(16 << 30, 11 << 30, measured=True)
     monkeypatch.setattr(machine, "this_mac", lambda: here)
     model = LLAMA[:2]
-    assert answer(capsys, *model)["working_set_bytes"] == 11 << 30
-    same, other = (answer(capsys, *model, "--memory", each) for each in ("16GB", "8GB"))
-    assert (same["working_set_bytes"], same["working_set_measured"]) == (11 << 30, True)
-    assert not other["working_set_measured"]
+    asked = [(), ("--memory", "16GB"), ("--memory", "8GB")]
+    found = [answer(capsys, *model, *memory)["rows"][0]["working_set_bytes"] for memory in asked]
+    assert found == [11 << 30, 11 << 30, (8 << 30) * 2 // 3]
     assert "says this Mac" in plan(capsys, *model)[1]
+    assert "estimate" in plan(capsys, *LLAMA)[1]
+
+
+@pytest.mark.parametrize(("variable", "coloured"), [("FORCE_COLOR", True), ("NO_COLOR", False)])
+def test_the_table_is_coloured_unless_nobody_wants_it(capsys, monkeypatch, variable, coloured):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv(variable, "1")
+    _, out, _ = plan(capsys, *LLAMA)
+    assert ("\x1b[1;36mtq4" in out) == coloured
+
+
+def test_a_model_that_an_engine_refuses_says_why(capsys):
+    rows = answer(capsys, "--model", "gemma-4-e2b", "--memory", "16GB", "--engine", "vllm")["rows"]
+    notes = {row["preset"]: (row["max_context"], row["note"]) for row in rows}
+    assert notes["bf16"][0] > 50_000
+    assert notes["tq4"] == (None, "the plugin refuses layers that read the cache of others")
 
 
 def test_the_plot_is_a_picture(capsys, tmp_path):

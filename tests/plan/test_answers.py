@@ -37,26 +37,46 @@ def row(answer, name):
     return found
 
 
-def test_llama_3_2_1b_goes_from_38768_to_99280_tokens_in_vllm_metal_and_to_107904_here():
+def test_llama_3_2_1b_goes_from_38768_to_99280_tokens_in_vllm_metal_and_to_146000_with_tq4():
     llama = model("llama-3.2-1b")
-    blocks = VllmCache(llama, Scheme("bf16")).num_blocks(BUDGET)
-    theirs = BUDGET // (16 * 16 * 8 * 100)  # 100 bytes a token and KV head: DESIGN.md, research/
-    assert (blocks * 16, theirs * 16) == (38_768, 99_280)
-    assert theirs / blocks == pytest.approx(2.56, rel=1e-3)
-    ours = {
-        each.name: VllmCache(llama, each).num_blocks(BUDGET, 0) for each in [tq(8, 3), tq(4, 4)]
+    theirs = BUDGET // (16 * 16 * 8 * 100)  # bytes of a token and KV head: DESIGN.md, research/
+    blocks = {
+        each.name: BUDGET // VllmCache(llama, each).block_bytes
+        for each in (Scheme("bf16"), tq(8, 3), tq(4, 4))
     }
-    assert {name: 16 * count for name, count in ours.items()} == {
+    assert {name: 16 * count for name, count in blocks.items()} == {
+        "bf16": 38_768,
         "q8_0/q3_0": 107_904,
         "tq4": 146_000,
     }
+    assert 16 * theirs == 99_280
+    assert theirs / blocks["bf16"] == pytest.approx(2.56, rel=1e-3)
 
 
-def test_a_tail_costs_one_sequence_some_blocks():
+@pytest.mark.parametrize(
+    ("engine", "contexts"),
+    [
+        ("mlx_lm", {"bf16": 38_656, "q8_0/q3_0": 107_824, "tq4": 145_872}),
+        ("vllm", {"bf16": 38_752, "q8_0/q3_0": 91_824, "tq4": 118_080}),
+    ],
+)
+def test_one_request_of_llama_3_2_1b_in_the_same_memory(engine, contexts):
+    extra = TurboQuantConfig(8, 3)
+    answer = made(engine=engine, kv_budget=BUDGET, extra=extra)
+    assert {name: row(answer, name).max_context for name in contexts} == contexts
+
+
+def test_the_plugin_holds_out_tails_and_a_layer_s_past():
     cache = VllmCache(model("llama-3.2-1b"), tq(4, 4))
-    assert cache.tail_bytes == 16 * 2 * TAIL * 8 * 64 * 2 == 1 << 20
-    assert cache.num_blocks(BUDGET) == (BUDGET - cache.tail_bytes) // cache.block_bytes
-    assert cache.num_blocks(BUDGET, 0) - cache.num_blocks(BUDGET) == 8
+    tails = 16 * 2 * TAIL * 8 * 64 * 2
+    assert cache.held_out(8192, 3) == 3 * tails + 8192 * 2 * 8 * 64 * 2
+    assert VllmCache(model("llama-3.2-1b"), Scheme("bf16")).held_out(8192, 3) == 0
+
+
+def test_vllm_metal_holds_out_states_while_their_pool_grows():
+    cache = VllmCache(model("qwen3.5-9b"), Scheme("bf16"))
+    states = 24 * 2_146_304
+    assert [cache.held_out(8192, count) for count in (1, 2, 9)] == [states, 3 * states, 3 * states]
 
 
 @pytest.mark.parametrize("engine", [MlxCache, VllmCache])
@@ -100,7 +120,7 @@ def test_a_model_of_windows_alone_has_no_longest_context():
         Question(models.read("windows", windows), machine.estimated(8 * machine.GIB)), schemes()
     )
     assert row(answer, "bf16").max_context is None
-    assert row(answer, "tq4").note == "nothing to compress"
+    assert row(answer, "tq4").note == "compresses 0 of 26 layers"
     assert answer.decode_context == 32_768
 
 
@@ -119,7 +139,7 @@ def test_latents_are_not_compressed(engine):
     bf16, tq4 = row(answer, "bf16"), row(answer, "tq4")
     assert bf16.cache.token_bytes == 2 * 2 * (512 + 64)
     if engine == "mlx_lm":
-        assert tq4.note == "nothing to compress"
+        assert tq4.note == "compresses 0 of 2 layers"
         assert tq4.cache.token_bytes == bf16.cache.token_bytes
     else:
         assert (tq4.cache, tq4.note) == (None, "the plugin refuses latents (MLA)")
@@ -136,6 +156,25 @@ def test_latents_are_not_compressed(engine):
 def test_what_an_engine_does_not_offer_says_why(name, engine, scheme, reason):
     with pytest.raises(Unsupported, match=reason):
         engine(model(name), scheme)
+
+
+def test_what_mlx_lm_layers_share_stays_as_it_is():
+    answer = made("gemma-4-e2b", memory=16 * machine.GIB)
+    tq4 = row(answer, "tq4")
+    assert tq4.note == "compresses 2 of 15 layers"
+    assert tq4.bytes_per_token == 2 * 512 * 2 + 2 * 516  # one layer in bf16, two compressed
+
+
+def test_vllm_keeps_the_whole_context_of_windows():
+    gemma = model("gemma-3-1b")
+    assert VllmCache(gemma, tq(4, 4)).token_bytes == 26 * 260
+    assert MlxCache(gemma, tq(4, 4)).token_bytes == 4 * 260
+
+
+def test_a_decode_step_reads_a_window_of_what_is_kept():
+    cache = VllmCache(model("gemma-3-1b"), Scheme("bf16"))
+    assert cache.read_bytes(100) == 26 * 100 * 1024
+    assert cache.read_bytes(10_000) == (4 * 10_000 + 22 * 512) * 1024
 
 
 def test_a_context_and_a_concurrency_fit_or_do_not():
@@ -174,36 +213,3 @@ def test_weights_that_leave_nothing_are_an_error_that_names_both():
     with pytest.raises(ValueError, match=message):
         made("llama-3.1-8b")
     assert row(made("llama-3.1-8b", weights_bits=4), "tq4").max_context > 8192
-
-
-@pytest.mark.parametrize(
-    ("memory", "share"), [(8, 2 / 3), (16, 2 / 3), (36, 2 / 3), (48, 3 / 4), (128, 3 / 4)]
-)
-def test_a_process_may_use_a_share_of_the_memory(memory, share):
-    mac = machine.estimated(memory * machine.GIB)
-    assert mac.working_set_bytes == pytest.approx(share * memory * machine.GIB, abs=1)
-    assert not mac.measured
-
-
-@pytest.mark.parametrize(
-    ("text", "gib"),
-    [("8GB", 8), ("16 gb", 16), ("24GiB", 24), ("512MB", 0.5), ("1.5T", 1536), ("8G", 8)],
-)
-def test_sizes_of_memory_are_in_units_of_1024(text, gib):
-    assert machine.memory_size(text) == gib * machine.GIB
-
-
-@pytest.mark.parametrize("text", ["0GB", "-8GB", "8", "GB", "eight", "8 KB", "", "8GBs", "nan GB"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="is no size: expected such as 8GB"):
-        machine.memory_size(text)
-
-
-@pytest.mark.parametrize("name", ["M4 Max", "m4max", "Apple M4 Max", "m4-max", "M4_MAX"])
-def test_chips_are_found_by_the_names_people_write(name):
-    assert machine.bandwidth(name) == 546e9
-
-
-def test_an_unknown_chip_is_refused():
-    with pytest.raises(ValueError, match="--chip 'M9' is unknown: allowed are M1, M1 Pro"):
-        machine.bandwidth("M9")

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from shipped import NAMES
 
@@ -14,7 +16,7 @@ PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "gemma-3-1b": 999_885_952,
     "gpt-oss-20b": 20_914_757_184,
-    "mistral-7b": 7_248_023_552,
+    "mistral-7b-v0.3": 7_248_023_552,
     "smollm2-135m": 134_515_008,
     "smollm2-1.7b": 1_711_376_384,
 }
@@ -29,6 +31,8 @@ CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 128,
 }
+
+SHARED = {"model_type": "gemma4_text", "sliding_window": 64}
 
 
 def read(**changes):
@@ -133,10 +137,15 @@ def test_weights_are_as_published_where_no_bits_are_named():
         ({"model_type": None}, "model_type None is not known"),
         ({"hidden_size": None}, "its config gives nothing for hidden_size, expected a number"),
         ({"vocab_size": "many"}, "its config gives 'many' for vocab_size"),
-        ({"num_hidden_layers": 0}, "it: its config has no layers"),
+        ({"num_hidden_layers": 0}, "it: its config has no attention layers"),
         ({"num_key_value_heads": -2}, "gives -2 for num_key_value_heads"),
         ({"layer_types": ["full_attention"]}, "layer_types must name each of 2 layers"),
-        ({"layer_types": ["chunked_attention"] * 2}, "allowed are full_attention, linear_"),
+        ({"layer_types": ["chunked_attention"] * 2}, "allowed are full_attention, sliding_"),
+        ({"layer_types": 2}, "gives 2 for layer_types, expected a list"),
+        ({"num_key_value_heads": 0}, "it: its config has no attention layers"),
+        ({"num_attention_heads": 0}, "gives 0 for num_attention_heads.*at least 1"),
+        ({"quantization": [4]}, r"gives \[4\] for quantization"),
+        (SHARED | {"num_kv_shared_layers": 2}, "num_kv_shared_layers leaves no layers"),
     ],
 )
 def test_what_is_not_known_gets_one_clear_error(changes, message):
@@ -155,3 +164,27 @@ def test_an_unknown_weight_format_asks_for_bits():
 def test_odd_widths_are_refused():
     with pytest.raises(ValueError, match="7 bits a weight: allowed are 2, 3, 4, 5, 6, 8, 16"):
         read().weight_bytes(7)
+
+
+JUNK = [None, -1, 0, 1, 3, 10**6, 1.5, True, "x", "8", [], ["x"], [["x"]], {}, {"a": 1}]
+
+
+def said_of(name, config):
+    """The model's name, or why it is refused."""
+    try:
+        return models.read(name, config).name
+    except ValueError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "gemma-4-e2b", "gpt-oss-20b", "qwen3.5-9b"])
+def test_whatever_a_config_says_it_is_read_or_refused_in_one_line(name):
+    config = shipped()[name]["config"]
+    text = config.get("text_config", config)
+    keys = {*text, "quantization", "mlp_only_layers", "sliding_window_pattern", "num_experts"}
+    for key, value in itertools.product(sorted(keys), JUNK):
+        if (key, value) == ("num_hidden_layers", 10**6):
+            continue  # a million layers, as asked
+        changed = text | {key: value}
+        changed = config | {"text_config": changed} if "text_config" in config else changed
+        assert said_of(name, changed).startswith(name)

@@ -24,10 +24,12 @@ CHIPS = {
     "M4 Pro": 273,
     "M4 Max": 546,
     "M5": 153,
+    "M5 Pro": 307,
+    "M5 Max": 614,
 }
-"""Memory bandwidth in GB/s as Apple states it, of each chip's largest version."""
+"""Memory bandwidth in GB/s: Apple's technical specifications, of each chip's largest version."""
 
-TWO_THIRDS_UP_TO = 36 * GIB
+THREE_QUARTERS_FROM = 36 * GIB
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,10 @@ def memory_size(text: str) -> int:
 def estimated(memory_bytes: int) -> Machine:
     """A Mac with so much memory.
 
-    Metal's ``recommendedMaxWorkingSetSize`` as others have read it: 2/3 of 8, 16 and 32 GB, 3/4 of
-    64 and 96 GB (docs/planner.md cites them). No one has told us where it changes; 36 GB is taken
-    to be the last with 2/3.
+    The least that Metal's ``recommendedMaxWorkingSetSize`` was on any macOS for others, 2/3 of up
+    to 32 GB and 3/4 of 36 GB and more: docs/planner.md has the readings and their sources.
     """
-    part, whole = (2, 3) if memory_bytes <= TWO_THIRDS_UP_TO else (3, 4)
+    part, whole = (3, 4) if memory_bytes >= THREE_QUARTERS_FROM else (2, 3)
     return Machine(memory_bytes, memory_bytes * part // whole)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NoReturn
 
 from .weights import NOTHING, Weights, linear, vector
 
@@ -100,36 +100,39 @@ class _Config:
         self.name = name
         self.fields = {**defaults, **{k: v for k, v in fields.items() if v is not None}}
 
-    def number(self, key: str, default: int | None = None) -> int:
+    def number(self, key: str, default: int | None = None, least: int = 0) -> int:
         found = self.fields.get(key, default)
-        if type(found) is not int or found < 0:
-            what = "nothing" if found is None else repr(found)
-            raise ValueError(f"{self.name}: its config gives {what} for {key}, expected a number")
+        if type(found) is not int or found < least:
+            self._refuse(key, found, f"a number of at least {least}")
         return found
+
+    def listed(self, key: str) -> list[Any]:
+        found = self.fields.get(key, [])
+        if not isinstance(found, list):
+            self._refuse(key, found, "a list")
+        return found
+
+    def _refuse(self, key: str, found: object, expected: str) -> NoReturn:
+        what = "nothing" if found is None else repr(found)
+        raise ValueError(f"{self.name}: its config gives {what} for {key}, expected {expected}")
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.fields.get(key, default))
 
-    def get(self, key: str) -> Any:
-        return self.fields.get(key)
-
     @property
     def head_dim(self) -> int:
-        return self.number("head_dim", self.number("hidden_size") // self._heads)
-
-    @property
-    def _heads(self) -> int:
-        return max(self.number("num_attention_heads"), 1)
+        heads = self.number("num_attention_heads", least=1)
+        return self.number("head_dim", self.number("hidden_size") // heads)
 
     def kinds(self, otherwise: Callable[[int], str]) -> list[str]:
         """The kind of each layer: as ``layer_types`` lists them, or by a function of the index."""
         count = self.number("num_hidden_layers")
-        listed = self.get("layer_types") or [otherwise(i) for i in range(count)]
-        known = {"full_attention", "sliding_attention", "linear_attention"}
-        if len(listed) != count or not known.issuperset(listed):
+        listed = self.listed("layer_types") or [otherwise(i) for i in range(count)]
+        known = ("full_attention", "sliding_attention", "linear_attention")
+        if len(listed) != count or any(kind not in known for kind in listed):
             raise ValueError(
                 f"{self.name}: layer_types must name each of {count} layers, allowed are "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(known)}"
             )
         return listed
 
@@ -198,7 +201,7 @@ def read(name: str, config: Mapping[str, Any]) -> Model:
         kind = text.get("model_type") or f"{config.get('model_type')}_text"
     else:
         kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"{name}: model_type {kind!r} is not known, allowed are {', '.join(FAMILIES)}"
         )
@@ -206,10 +209,12 @@ def read(name: str, config: Mapping[str, Any]) -> Model:
     c = _Config(name, merged, dict(family.defaults))
     build = {"deepseek_v3": _deepseek, "gemma4_text": _gemma4}.get(kind, _plain)
     layers, weights = build(c, family, kind)
-    if not layers:
-        raise ValueError(f"{name}: its config has no layers")
+    if not any(layer.bf16_token_bytes for layer in layers):
+        raise ValueError(f"{name}: its config has no attention layers")
     quantization = config.get("quantization") or config.get("quantization_config") or {}
-    limit = c.get("max_position_embeddings")
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"{name}: its config gives {quantization!r} for quantization")
+    limit = c.number("max_position_embeddings", 0) or None
     return Model(name, tuple(layers), weights + _embeddings(c), limit, quantization)
 
 
@@ -223,8 +228,8 @@ def _embeddings(c: _Config) -> Weights:
 
 
 def _plain(c: _Config, family: _Family, kind: str) -> tuple[list[Layer], Weights]:
-    interval = c.number("full_attention_interval", family.interval)
-    interval = c.number("sliding_window_pattern", c.number("_sliding_window_pattern", interval))
+    interval = c.number("full_attention_interval", family.interval, least=1)
+    interval = c.number("sliding_window_pattern", interval, least=1)
     kinds = c.kinds(lambda i: family.other if (i + 1) % interval else "full_attention")
     weights = [
         (_delta_net(c) if each == "linear_attention" else _attention(c, family))
@@ -288,8 +293,8 @@ def _feed_forward(c: _Config, index: int, kind: str) -> Weights:
     """Gate, up and down projections: of a layer, or of its experts and their router."""
     hidden = c.number("hidden_size")
     experts = c.number("num_experts", c.number("num_local_experts", 0))
-    step = max(c.number("decoder_sparse_step", 1), 1)
-    if not experts or (index + 1) % step or index in (c.get("mlp_only_layers") or ()):
+    step = c.number("decoder_sparse_step", 1, least=1)
+    if not experts or (index + 1) % step or index in c.listed("mlp_only_layers"):
         return _mlp(hidden, c.number("intermediate_size"), c.flag("mlp_bias"))
     width = c.number("moe_intermediate_size", c.number("intermediate_size"))
     biased = kind == "gpt_oss"
@@ -306,11 +311,13 @@ def _mlp(hidden: int, width: int, bias: bool = False) -> Weights:
 
 def _gemma4(c: _Config, family: _Family, kind: str) -> tuple[list[Layer], Weights]:
     """Gemma 4: full attention has wider heads, and the last layers read the cache of others."""
-    every = c.number("sliding_window_pattern", family.interval)
+    every = c.number("sliding_window_pattern", family.interval, least=1)
     kinds = c.kinds(lambda i: family.other if (i + 1) % every else "full_attention")
     own = len(kinds) - c.number("num_kv_shared_layers", 0)
     weights = [_gemma4_weights(c, each, index >= own) for index, each in enumerate(kinds)]
     layers = [_gemma4_layer(c, each) for each in kinds[:own]]
+    if not set(kinds[own:]) <= set(kinds[: max(own, 0)]):
+        raise ValueError(f"{c.name}: num_kv_shared_layers leaves no layers for others to read")
     for each in set(kinds[own:]):  # its last own layer of the kind is the one that is read
         last = max(i for i in range(own) if kinds[i] == each)
         layers[last] = Layer(**vars(layers[last]) | {"shared": True})
@@ -386,7 +393,7 @@ def _latent_attention(c: _Config) -> Weights:
 
 def _deepseek_feed_forward(c: _Config, index: int) -> Weights:
     hidden, experts = c.number("hidden_size"), c.number("n_routed_experts", 0)
-    step = max(c.number("moe_layer_freq", 1), 1)
+    step = c.number("moe_layer_freq", 1, least=1)
     if not experts or index < c.number("first_k_dense_replace", 0) or index % step:
         return _mlp(hidden, c.number("intermediate_size"))
     width = c.number("moe_intermediate_size")
