@@ -28,7 +28,7 @@ SHELL = ("sh", "bash", "shell", "console")
 
 RUN = {
     "tiny": "with a tiny model in place of what --model names",
-    "demo": "with the demo model (slow)",
+    "slow": "as it is, demo model and all",
     "server": "until it listens, with a tiny model",
     "client": "against such a server",
 }

@@ -94,8 +94,8 @@ def test_a_shell_block_runs(block, shell):
 
 
 @pytest.mark.slow
-@marked("demo")
-def test_a_shell_block_runs_on_the_demo_model(block, shell):
+@marked("slow")
+def test_a_slow_shell_block_runs(block, shell):
     process = shell(block.text, tiny=False)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0

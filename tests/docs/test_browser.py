@@ -71,8 +71,9 @@ def test_every_page_renders(browser, site, size, scheme):
 def test_a_search_finds_a_word(browser, site):
     address, _ = site
     page = browser.new_page(viewport=DESK)
-    page.goto(address)
-    page.fill("input[name=query]", "Walsh-Hadamard")
-    page.wait_for_selector(".md-search-result__item a", timeout=20_000)
+    page.goto(address, wait_until="networkidle")
+    page.click("input[name=query]")
+    page.keyboard.type("Walsh-Hadamard", delay=50)
+    page.wait_for_selector(".md-search-result__item a", state="attached", timeout=60_000)
     links = page.eval_on_selector_all(".md-search-result__item a", "e => e.map(a => a.href)")
     assert any("/codec/" in link for link in links)
