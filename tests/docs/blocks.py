@@ -38,6 +38,7 @@ NOT_RUN = {
     "vllm": "needs vLLM, and vllm-metal where it serves",
     "network": "downloads what no test should",
     "checkout": "sets up a checkout, or runs all of its tests",
+    "home": "writes into the home folder",
     "long": "takes minutes to hours",
 }
 """Marks of shell blocks, ``<!-- test: MARK -->`` on the line above, and why a test does not run."""
