@@ -73,3 +73,10 @@ def test_what_completes_is_an_argument_of_some_command():
 def test_choices_that_complete_do_not_replace_our_own_error(capsys):
     assert main(["generate", "--model", "demo", "--preset", "tq5"]) == 2
     assert "preset 'tq5' is unknown: allowed are tq8" in capsys.readouterr().err
+
+
+def test_every_flag_that_takes_a_file_completes_files():
+    for parser in every(whole_parser()):
+        for action in parser._actions:
+            if action.metavar == "FILE":
+                assert action.dest in shell_completion.FILES

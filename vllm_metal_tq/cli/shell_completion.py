@@ -13,7 +13,7 @@ SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 CHOICES = {"preset": tuple(PRESETS), "k_quant": tuple(QUANT_NAMES), "v_quant": tuple(QUANT_NAMES)}
 """What completes an argument that the parser itself leaves open, for errors of our own."""
-FILES = ("calibration", "gsm8k", "output", "prompt_cache_file", "text")
+FILES = ("calibration", "csv", "gsm8k", "output", "plot", "prompt_cache_file", "text")
 FOLDERS = ("adapter_path", "draft_model", "model", "out")
 
 
