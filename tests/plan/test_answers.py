@@ -171,6 +171,14 @@ def test_vllm_keeps_the_whole_context_of_windows():
     assert MlxCache(gemma, tq(4, 4)).token_bytes == 4 * 260
 
 
+def test_states_take_a_block_of_each_group_in_vllm():
+    cache = VllmCache(model("qwen3.5-9b"), Scheme("bf16"))
+    assert cache.block_size == 528  # 2,146,304 bytes of a state over 4,096 of a token, rounded up
+    # 24 states in groups of 8, one of attention, and the block that vLLM keeps.
+    blocks = [(cache.nbytes(tokens) - 24 * 2_146_304) / cache.block_bytes for tokens in (528, 529)]
+    assert blocks == [3 + 1 + 1, 3 + 2 + 1]
+
+
 def test_a_decode_step_reads_a_window_of_what_is_kept():
     cache = VllmCache(model("gemma-3-1b"), Scheme("bf16"))
     assert cache.read_bytes(100) == 26 * 100 * 1024
