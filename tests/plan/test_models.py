@@ -4,6 +4,7 @@ import pytest
 from shipped import NAMES
 
 from vllm_metal_tq.plan import models
+from vllm_metal_tq.plan.layers import Layer
 from vllm_metal_tq.plan.sources import shipped
 
 PARAMETERS = {
@@ -59,7 +60,7 @@ def test_every_shipped_model_says_where_its_numbers_come_from(name):
 
 
 def test_grouped_query_attention_keeps_its_kv_heads():
-    assert set(read_shipped("llama-3.1-8b").layers) == {models.Layer(8, 128, 128)}
+    assert set(read_shipped("llama-3.1-8b").layers) == {Layer(8, 128, 128)}
 
 
 def test_only_attention_layers_of_a_hybrid_model_grow():
@@ -93,7 +94,7 @@ def test_latents_are_kept_as_they_are():
         **{"v_head_dim": 128, "q_lora_rank": None},
     }
     layers = read(model_type="deepseek_v3", **latent).layers
-    assert layers == (models.Layer(1, 512, 64),) * 2
+    assert layers == (Layer(1, 512, 64),) * 2
     assert not layers[0].is_attention
 
 

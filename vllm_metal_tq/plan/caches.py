@@ -15,7 +15,7 @@ from functools import cached_property
 from ..config import TurboQuantConfig
 from ..layout import PageLayout
 from ..tail import TAIL
-from .models import Layer, Model
+from .layers import Layer, Model
 
 BLOCK = TurboQuantConfig.block_size  # tokens of a compressed block, and of vLLM's
 MLX_STEP = 256  # tokens by which mlx_lm's caches grow

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..config import PRESETS, TurboQuantConfig
 from .caches import ENGINES, Cache, Scheme, Unsupported
+from .layers import Model
 from .machine import GIB, Machine
-from .models import Model
 
 CONTEXT = 4096  # tokens of a sequence, where concurrency is asked for without a context
 BASELINES = (Scheme("bf16"), Scheme("mlx_lm 8-bit", mlx_bits=8), Scheme("mlx_lm 4-bit", mlx_bits=4))
