@@ -8,7 +8,7 @@ from operator import add
 
 from .fields import Fields
 from .layers import Layer
-from .plain import attention_layer, mlp
+from .plain import layer_of, mlp
 from .weights import NOTHING, Weights, linear, vector
 
 
@@ -29,7 +29,7 @@ def gemma4(c: Fields) -> tuple[list[Layer], Weights]:
 
 def _layer(c: Fields, kind: str) -> Layer:
     if kind == "sliding_attention":
-        return attention_layer(c, kind)
+        return layer_of(c, kind)
     heads = c.number("num_key_value_heads")
     if c.flag("attention_k_eq_v"):
         heads = c.number("num_global_key_value_heads", heads)

@@ -49,10 +49,10 @@ def plain(c: Fields, family: Family, kind: str) -> tuple[list[Layer], Weights]:
     ]
     if kind == "gpt_oss":
         weights.append(vector(len(kinds) * c.number("num_attention_heads")))  # sinks
-    return [attention_layer(c, each) for each in kinds], reduce(add, weights, NOTHING)
+    return [layer_of(c, each) for each in kinds], reduce(add, weights, NOTHING)
 
 
-def attention_layer(c: Fields, kind: str) -> Layer:
+def layer_of(c: Fields, kind: str) -> Layer:
     """What a layer of this kind keeps."""
     if kind == "linear_attention":
         return Layer(state_bytes=_state_bytes(c))
