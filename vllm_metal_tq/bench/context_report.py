@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
-from .caches import BASELINES
+from ..config import PRESETS
 from .context import Step
 
 MIB = 2**20
@@ -81,7 +81,7 @@ def _cells(steps: Sequence[Step]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], file: str, title: str) -> None:
-    """Draw cache, peak, and both speeds over the context; a colour for each cache.
+    """Draw cache, peak, and both speeds over the context; a colour for each cache, theirs dotted.
 
     Raises:
         ValueError: the file's name ends in what matplotlib does not write.
@@ -97,11 +97,11 @@ def draw(runs: Sequence[Run], file: str, title: str) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (label, value) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for run in runs:
-            style = ":" if run.cache in BASELINES else "-"
+            style = "-" if run.cache in PRESETS else ":"
             lengths = [step.context for step in run.steps]
             axes.plot(lengths, list(map(value, run.steps)), "o" + style, ms=3, label=run.cache)
         axes.set(xlabel="tokens in the cache", ylabel=label)
-        axes.set_ylim(0)
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.suptitle(title)
