@@ -70,7 +70,7 @@ class TurboQuantKVCache(host._BaseCache):
         return self.pool.layout
 
     @property
-    def offset(self) -> int | mx.array:
+    def offset(self) -> int:
         """Tokens seen, which is the position of the next one."""
         return self.sequences.offsets[0]
 
@@ -293,7 +293,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
     _right: Sequence[int] = ()  # of each sequence, tokens still to come before padding
 
     @property
-    def offset(self) -> mx.array:
+    def offset(self) -> mx.array:  # type: ignore[override]  # what models take for a batch
         """The position of each sequence's next column: int32 ``(B,)``."""
         left = self._left or [0] * len(self.sequences)
         return _positions(*(o - n for o, n in zip(self.sequences.offsets, left, strict=True)))
