@@ -1,6 +1,8 @@
 import csv
+import gc
 import json
 
+import mlx.core as mx
 import pytest
 import serve_load
 
@@ -102,12 +104,27 @@ def test_each_cache_has_a_process_of_its_own(capsys, tiny):
     assert max(row["rss_bytes"] for row in answer["rows"]) < process.rss_high_water()
 
 
+def test_a_cache_ends_with_the_memory(capsys, tiny, here):
+    gc.collect()
+    limit = mx.get_active_memory() + 4 * 2**20  # the demo model is there too
+    memory = f"{1.5 * limit / 2**20:.6f}MB"  # of which macOS recommends two thirds
+    flags = ("--max-context", "600", "--step", "128", "--memory", memory, "--no-calibrate")
+    answer = json.loads(bench(capsys, "--model", tiny, *flags, "--json")[1])
+    assert abs(answer["limit_bytes"] - limit) < 9
+    assert all(row["peak_bytes"] <= limit for row in answer["rows"])
+    longest = max(row["context"] for row in answer["rows"] if row["cache"] == DENSE)
+    assert 0 < longest < 600
+    assert answer["stopped"][DENSE].startswith("budget: ")
+
+
 @pytest.mark.slow
-def test_the_demo_models_cache_ends_with_its_memory(capsys):
-    flags = ("--max-context", "512", "--step", "256", "--memory", "700MB", "--json")
-    answer = json.loads(bench(capsys, "--model", "demo", *flags)[1])
-    assert answer["limit_bytes"] == 700 * 2**20 * 2 // 3
-    assert all(row["peak_bytes"] <= answer["limit_bytes"] for row in answer["rows"])
+def test_the_demo_model_is_measured(capsys, here):
+    flags = ("--model", "demo", "--max-context", "128", "--step", "128")
+    status, out, _ = bench(capsys, *flags, "--json")
+    assert status == 0
+    dense, *_, ours = json.loads(out)["rows"]
+    assert (dense["context"], ours["context"], ours["cache"]) == (128, 128, "tq4")
+    assert 2 * ours["kv_bytes"] < dense["kv_bytes"]
 
 
 @pytest.mark.parametrize(
