@@ -115,7 +115,7 @@ def load(
     tokens = sum(x.tokens for x in got)
     return {
         "requests": len(got),
-        "prompt_tokens": statistics.median(x.prompt_tokens for x in got),
+        "prompt_tokens": round(statistics.median(x.prompt_tokens for x in got)),
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "first_token_s": statistics.median(firsts),

@@ -7,10 +7,8 @@ import contextlib
 import http.client
 import inspect
 import io
-import logging
 import socket
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import bench_model, common, serve
@@ -154,7 +152,6 @@ def _serve_ours(args: argparse.Namespace, cache: str, port: int) -> None:
 
 def _serve_theirs(args: argparse.Namespace, cache: str, port: int) -> None:
     """Mlx_lm's own server, which loads the demo model as we do."""
-    warnings.simplefilter("ignore")  # that it is not for production
     from mlx_lm import server
 
     from ..bench.caches import GROUP, MLX_BITS
@@ -172,13 +169,7 @@ def _serve_theirs(args: argparse.Namespace, cache: str, port: int) -> None:
             self.model_key = (model_path, *others)
             self.is_batchable = True
 
-    class Quiet(server.APIHandler):
-        """Logs no requests."""
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    logging.basicConfig(level=logging.ERROR)
     options = _options(args, port)
     options.kv_bits, options.kv_group_size = MLX_BITS.get(cache), GROUP
-    server.run(HOST, port, Provider(options), handler_class=Quiet)
+    with contextlib.redirect_stderr(io.StringIO()):  # a line for each request
+        server.run(HOST, port, Provider(options))
