@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -77,6 +78,8 @@ def shell(tmp_path, monkeypatch):
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {command} "$@"\n')
         program.chmod(0o755)
         if tiny:
+            # Its calibration belongs into no user's cache directory.
+            monkeypatch.setenv("HOME", str(tmp_path))
             monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         words = ["bash", "-euo", "pipefail", "-c", text]
         return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, **options)
@@ -116,6 +119,7 @@ def test_a_server_starts_and_ends_when_told_to(block, shell):
 
 
 @marked("client")
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_a_client_is_answered(block, shell):
     with serving.server("--max-tokens", "4") as served:
         process = shell(block.text.replace("http://127.0.0.1:8080", served.url))
