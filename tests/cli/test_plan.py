@@ -111,7 +111,7 @@ def test_the_plot_is_a_picture(capsys, tmp_path):
 
 def test_help_loads_neither_mlx_nor_matplotlib():
     code = (
-        "import sys; from vllm_metal_tq.cli import _parser; _parser().format_help(); "
+        "import sys; from vllm_metal_tq.cli import whole_parser; whole_parser().format_help(); "
         "sys.exit(any(name in sys.modules for name in ('mlx.core', 'mlx_lm', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -85,12 +85,8 @@ def _limit_bytes(memory: str | None) -> int | None:
     """What MLX may hold: of a Mac with so much memory, or of this one; None: there is no limit."""
     from ..plan import machine
 
-    here = machine.this_mac()
-    if memory is None:
-        return here.working_set_bytes if here else None
-    wanted = machine.memory_size(memory)
-    mac = here if here and here.memory_bytes == wanted else machine.estimated(wanted)
-    return mac.working_set_bytes
+    mac = machine.mac(memory)
+    return mac.working_set_bytes if mac else None
 
 
 def _longest(args: argparse.Namespace, facts: bench_model.Facts, limit_bytes: int | None) -> int:

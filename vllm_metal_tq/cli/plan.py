@@ -94,16 +94,12 @@ def _budget(text: str) -> int:
 
 
 def _mac(memory: str | None) -> Machine:
-    """The Mac that was asked for; where it is the one that runs this, it says what it allows."""
     from ..plan import machine
 
-    here = machine.this_mac()
-    if memory is None:
-        if here is None:
-            raise ValueError("--memory is needed, such as 8GB: this machine is no Mac with Metal")
-        return here
-    wanted = machine.memory_size(memory)
-    return here if here and here.memory_bytes == wanted else machine.estimated(wanted)
+    found = machine.mac(memory)
+    if found is None:
+        raise ValueError("--memory is needed, such as 8GB: this machine is no Mac with Metal")
+    return found
 
 
 def _print(plan: Plan) -> None:

@@ -92,3 +92,22 @@ def this_mac() -> Machine | None:
     if limit is None:
         return None
     return Machine(int(info["memory_size"]), int(limit), measured=True)
+
+
+def mac(memory: str | None) -> Machine | None:
+    """A Mac with so much memory, by what macOS says where it is the one that runs this.
+
+    Args:
+        memory: a size such as ``8GB``; None: of the Mac that runs this.
+
+    Returns:
+        None where ``memory`` is None and no Mac runs this.
+
+    Raises:
+        ValueError: ``memory`` is no size.
+    """
+    here = this_mac()
+    if memory is None:
+        return here
+    wanted = memory_size(memory)
+    return here if here and here.memory_bytes == wanted else estimated(wanted)
