@@ -178,8 +178,8 @@ def _listen(server: Server, model: str) -> None:
     """Answer clients until interrupted or told to terminate."""
     # A service manager ends us with this signal.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"serving {model} on {server.url}/v1", flush=True)
     try:
+        print(f"serving {model} on {server.url}/v1", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         pass
