@@ -101,3 +101,17 @@ def test_the_data_are_the_demo_models(script, demo):
         for name, array in fresh.items():
             scale = np.abs(array.astype(np.float64)).max()
             assert np.abs(array.astype(np.float64) - kept[name]).max() <= 0.01 * scale
+
+
+def test_the_best_schemes_of_a_budget_are_the_drawn_ones(script):
+    schemes = script("schemes")
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (\d\.\d\d) \| [^|]* \| (\.\d+) \| [^|]* \| (\.\d+) \|", page, re.MULTILINE
+    )
+    assert len(rows) > 10
+    for budget, *kls in rows:
+        fit = [point for point in schemes.points() if point["bits"] <= float(budget) + 0.005]
+        for ours, kl in zip((True, False), kls, strict=True):
+            best = min(p["kl"] for p in fit if (p["family"] == schemes.OURS) is ours)
+            assert f"{best:.{len(kl) - 1}f}".lstrip("0") == kl, budget
