@@ -79,3 +79,32 @@ def _attend(queries, keys, values, scale, mask, sinks):
         *map(heads_first, (queries, keys, values)), scale=scale, mask=mask, sinks=sinks
     )
     return attended[0].swapaxes(0, 1)
+
+
+def gdn_linear_attention(
+    queries, keys, values, decay, beta, states, cu_seqlens, slots, out, *sizes
+):
+    """The gated delta rule over packed sequences, ``out`` and the states of their slots in place.
+
+    ``queries``, ``keys`` ``(tokens, Hk, Dk)``, ``values``, ``out`` ``(tokens, Hv, Dv)``, ``decay``,
+    ``beta`` ``(tokens, Hv)``, ``states`` ``(slots, Hv, Dv, Dk)``; ``sizes`` repeats Hk, Hv, Dk, Dv.
+    """
+    del sizes
+    shared = values.shape[1] // keys.shape[1]
+    queries, keys = mx.repeat(queries, shared, axis=1), mx.repeat(keys, shared, axis=1)
+    ends = cu_seqlens.tolist()
+    for i, slot in enumerate(slots.tolist()):
+        state = states[slot]
+        for t in range(ends[i], ends[i + 1]):
+            state = state * decay[t, :, None, None]
+            seen = (state * keys[t, :, None]).sum(-1)
+            delta = (values[t] - seen) * beta[t, :, None]
+            state = state + delta[..., None] * keys[t, :, None]
+            out[t] = (state * queries[t, :, None]).sum(-1)
+        states[slot] = state
+
+
+def gdn_state_scatter(pool, rows, slots):
+    """Write ``rows`` into the slots of a pool of states."""
+    pool[slots] = rows
+    return pool
