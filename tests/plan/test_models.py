@@ -155,9 +155,20 @@ def test_what_is_not_known_gets_one_clear_error(changes, message):
     assert str(raised.value).startswith("it: ")
 
 
-def test_an_unknown_weight_format_asks_for_bits():
-    model = read(quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
-    with pytest.raises(ValueError, match=r"quantised by awq.*say --weights-bits"):
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "'awq' in 4 bits"),
+        ({"mode": "mxfp4", "bits": 4, "group_size": 32}, "'mxfp4' in 4 bits and groups of 32"),
+        ({"bits": 4, "group_size": 0}, "groups of 0"),
+        ({"bits": 4, "group_size": "64"}, "groups of '64'"),
+        ({"bits": 7, "group_size": 64}, "in 7 bits"),
+        ({"bits": 4}, "groups of None"),
+    ],
+)
+def test_an_unknown_weight_format_asks_for_bits(said, named):
+    model = read(quantization=said)
+    with pytest.raises(ValueError, match=rf"quantised by .*{named}.*say --weights-bits"):
         model.weight_bytes(None)
     assert model.weight_bytes(4) == read().weight_bytes(4)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .weights import Weights
+from .weights import BITS, GROUPS, Weights
 
 BF16 = 2  # bytes of an element
 
@@ -78,9 +78,11 @@ class Model:
             return weights.nbytes(16)
         if said.get("quant_method") == "mxfp4":
             return weights.mxfp4_bytes
-        if "quant_method" not in said and {"bits", "group_size"} <= said.keys():  # mlx_lm's own
-            return weights.nbytes(said["bits"], said["group_size"])
+        method = said.get("quant_method", said.get("mode", "affine"))
+        bits, group = said.get("bits"), said.get("group_size")
+        if method == "affine" and bits in BITS and group in GROUPS:  # mlx_lm's own
+            return weights.nbytes(bits, group)
         raise ValueError(
-            f"{self.name}: its weights are quantised by {said.get('quant_method', 'some method')}, "
-            "whose size is not known here: say --weights-bits"
+            f"{self.name}: its weights are quantised by {method!r} in {bits!r} bits and groups of "
+            f"{group!r}, whose size is not known here: say --weights-bits"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GROUP = 64  # elements that share a scale and a bias in mlx_lm's quantisation
+GROUPS = (32, GROUP, 128)  # what mlx offers
 BITS = (2, 3, 4, 5, 6, 8, 16)
 
 
