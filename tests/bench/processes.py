@@ -44,5 +44,9 @@ def own_number():
     time.sleep(60)
 
 
+def fail():
+    raise RuntimeError("no room")
+
+
 def sleep():
     time.sleep(60)

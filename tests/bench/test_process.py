@@ -35,16 +35,18 @@ def test_openblas_can_come_before_mlx():
 @pytest.mark.parametrize(
     ("raised", "seen", "message"),
     [
-        (ValueError("too\nlong"), ValueError, "^too\nlong$"),
-        (FileNotFoundError("no file"), ValueError, "^no file$"),
-        (RuntimeError("out of memory\nat 3"), ProcessError, "^RuntimeError: out of memory$"),
+        (ValueError("too\nlong"), ValueError, "too\nlong"),
+        (FileNotFoundError("no file"), ValueError, "no file"),
+        (RuntimeError("out of memory\nat 3"), ProcessError, "RuntimeError: out of memory"),
     ],
 )
 def test_errors_come_after_what_was_yielded(raised, seen, message):
     work = apart(processes.refuse, raised)
     assert next(work) == 1
-    with pytest.raises(seen, match=message):
+    with pytest.raises(seen) as error:
         next(work)
+    assert str(error.value) == message
+    assert "in refuse\n" in error.value.__notes__[0]  # for --debug
 
 
 def test_a_killed_process_says_so_and_what_it_yielded_is_kept():
@@ -52,6 +54,13 @@ def test_a_killed_process_says_so_and_what_it_yielded_is_kept():
     assert next(work) == 1
     with pytest.raises(ProcessError, match="as it does when memory runs out"):
         next(work)
+
+
+def test_work_in_the_background_fails_with_one_line(capfd):
+    with background(processes.fail) as process:
+        process.join()
+    assert process.exitcode == 1
+    assert capfd.readouterr().err == "RuntimeError: no room\n"
 
 
 def test_a_process_ends_with_whoever_waits_for_it():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -65,10 +66,16 @@ def _messages(work: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[tuple
     except StopIteration as end:
         yield _RETURNED, end.value
     except (ValueError, OSError) as error:
-        yield _FAILED, ValueError(str(error))
+        yield _FAILED, _noted(ValueError(str(error)))
     except Exception as error:
         first = str(error).split("\n")[0]
-        yield _FAILED, ProcessError(f"{type(error).__name__}: {first}")
+        yield _FAILED, _noted(ProcessError(f"{type(error).__name__}: {first}"))
+
+
+def _noted(error: Exception) -> Exception:
+    """With the traceback of what is being handled, which would stay in this process."""
+    error.add_note(traceback.format_exc())
+    return error
 
 
 @contextmanager
@@ -88,7 +95,10 @@ def background(work: Callable[..., None], *args: Any) -> Iterator[BaseProcess]:
 def _begin(work: Callable[..., None], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us when it is interrupted
     openblas.preload()
-    work(*args)
+    try:
+        work(*args)
+    except Exception as error:  # else a traceback would go to standard error
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def how_it_ended(status: int | None) -> str:
