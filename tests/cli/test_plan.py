@@ -61,6 +61,13 @@ def test_a_stated_budget_is_taken_as_it_is(capsys):
     assert (quantised["max_context"], quantised["note"]) == (None, "vLLM does not offer it")
 
 
+def test_a_budget_above_what_the_weights_leave_is_pointed_out(capsys):
+    flags = (*LLAMA, "--weights-bits", "4", "--kv-budget")
+    words = "--kv-budget is more than the weights leave, 4.69 GiB"
+    assert words in plan(capsys, *flags, "6GB")[1]
+    assert words not in plan(capsys, *flags, "5GB")[1]
+
+
 def test_the_table_says_what_fits_and_what_is_an_estimate(capsys):
     flags = ("--context", "65536", "--concurrency", "2", "--chip", "M1", "--kv-budget", "2GB")
     status, out, _ = plan(capsys, *LLAMA, *flags)

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", help="of the Mac, such as 8GB (default: of this one)")
     parser.add_argument(
         "--kv-budget",
-        help="what the cache may take, such as 2GB (default: as in serve, 80%% of what macOS "
-        "recommends for a process and the weights leave)",
+        help="what the cache may take, such as 2GB (10^9 bytes each, as in serve; default: 80%% of "
+        "what macOS recommends for a process and the weights leave)",
     )
     parser.add_argument(
         "--weights-bits",
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
 def _question(args: argparse.Namespace) -> Question:
     from ..plan import machine, models, plan, sources
 
-    config, file_bytes = sources.find(args.model)
+    with common.progress_bar("config.json"):  # which may have to be fetched
+        config, file_bytes = sources.find(args.model)
     return plan.Question(
         models.read(args.model, config),
         _mac(args.memory),
@@ -117,6 +118,8 @@ def _print(plan: Plan) -> None:
             "context the model was made for": f"{limit:,}" if limit else "unknown",
         }
     )
+    if question.budget > question.left:
+        print(f"--kv-budget is more than the weights leave, {common.size(question.left)}")
     columns = _columns(plan)
     common.print_columns(
         list(columns), [[cell(row) for cell in columns.values()] for row in plan.rows]

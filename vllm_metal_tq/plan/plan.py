@@ -71,11 +71,11 @@ class Question:
         return self.file_bytes if self.weights_bits is None else None
 
     @property
-    def budget(self) -> int:
-        """Bytes that the cache may take.
+    def left(self) -> int:
+        """Bytes of the working set that the weights leave.
 
         Raises:
-            ValueError: the weights leave none.
+            ValueError: they leave none.
         """
         allowed = self.machine.working_set_bytes
         left = allowed - self.weight_bytes
@@ -85,7 +85,17 @@ class Question:
                 f"process may use {allowed / GIB:.2f} GiB of {self.machine.memory_bytes / GIB:g} "
                 "GiB of memory: take fewer --weights-bits or a smaller model"
             )
-        return int(self.cache_share * left) if self.kv_budget is None else self.kv_budget
+        return left
+
+    @property
+    def budget(self) -> int:
+        """Bytes that the cache may take.
+
+        Raises:
+            ValueError: the weights leave none.
+        """
+        share = int(self.cache_share * self.left)
+        return share if self.kv_budget is None else self.kv_budget
 
 
 @dataclass(frozen=True)
