@@ -52,6 +52,13 @@ def figures(capsys, *flags):
     return json.loads(out)
 
 
+def test_encode_has_a_progress_bar_to_its_end(bars, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "CPU_CACHE_TOKENS", [64, 128])
+    monkeypatch.setattr(encode, "GPU_CACHE_TOKENS", [64, 128])
+    figures(capsys, "encode", "--tokens", "1,8")
+    assert bars["bench encode"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_decode_has_both_sides(capsys):
     answer = figures(capsys, "decode", "--shapes", "1,100,4,2;2,64,2,2", "--head-dim", "64")
     assert set(answer) == MACHINE | {"head_dim", "copy_gbps", "shapes"}

@@ -113,11 +113,15 @@ def _encode(args: argparse.Namespace) -> None:
     if args.tokens is not None:
         counts = _integers("--tokens", args.tokens)
     bandwidth = clock.copy_bandwidth()
-    encoded = [
-        encode.bench_encode(count, args.head_dim, layout.config, bandwidth) for count in counts
-    ]
     sizes = encode.GPU_CACHE_TOKENS if gpu else encode.CPU_CACHE_TOKENS
-    appended = [encode.bench_append(size, args.head_dim, layout.config) for size in sizes]
+    encoded, appended = [], []
+    with common.progress_bar("bench encode") as advance:
+        for number, count in enumerate(counts, 1):
+            encoded.append(encode.bench_encode(count, args.head_dim, layout.config, bandwidth))
+            advance(number, len(counts) + len(sizes))
+        for number, size in enumerate(sizes, len(counts) + 1):
+            appended.append(encode.bench_append(size, args.head_dim, layout.config))
+            advance(number, len(counts) + len(sizes))
     fields = {"head_dim": args.head_dim, "copy_gbps": bandwidth / 1e9}
     if args.json:
         results = {"encode": encoded, "append": appended}
