@@ -109,6 +109,18 @@ def test_a_model_that_an_engine_refuses_says_why(capsys):
     assert notes["tq4"] == (None, "the plugin refuses layers that read the cache of others")
 
 
+def test_figures_are_whole_in_a_narrow_terminal_and_notes_come_once(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = ("--weights-bits", "4", "--context", "8192", "--chip", "M1")
+    _, out, _ = plan(capsys, "--model", "gpt-oss-20b", "--memory", "24GB", *flags)
+    assert "1,250,080" in out
+    assert "…" not in out
+    assert out.count("tq8, tq6, tq4, tq3, tq2: compresses 12 of 24 layers") == 1
+    assert out.count("mlx_lm 8-bit, mlx_lm 4-bit: mlx_lm quantises no sliding windows") == 1
+
+
 def test_the_plot_is_a_picture(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.png"

@@ -124,6 +124,7 @@ def _print(plan: Plan) -> None:
     common.print_columns(
         list(columns), [[cell(row) for cell in columns.values()] for row in plan.rows]
     )
+    _print_notes(plan)
     if any(_is_beyond(plan, row) for row in plan.rows):
         print("* longer than the model was made for")
     if question.bandwidth and plan.decode_context:
@@ -131,6 +132,16 @@ def _print(plan: Plan) -> None:
             "tok/s: an estimate from above, bytes of weights and cache over a bandwidth of "
             f"{question.bandwidth / 1e9:g} GB/s, at {plan.decode_context:,} tokens"
         )
+
+
+def _print_notes(plan: Plan) -> None:
+    """Below the table, where no column is narrowed by them, and each once."""
+    noted: dict[str, list[str]] = {}
+    for row in plan.rows:
+        if row.note:
+            noted.setdefault(row.note, []).append(row.scheme.name)
+    for note, names in noted.items():
+        print(f"{', '.join(names)}: {note}")
 
 
 def _columns(plan: Plan) -> dict[str, Callable[[Row], str]]:
@@ -152,8 +163,6 @@ def _columns(plan: Plan) -> dict[str, Callable[[Row], str]]:
         columns["tok/s, estimate"] = lambda row: _number(plan.decode_rate(row), ",.1f")
     if question.context:
         columns[f"fits {sequences} x {context:,}"] = lambda row: _yes_or_no(row.fits)
-    if any(row.note for row in plan.rows):
-        columns["note"] = lambda row: f"[dim]{row.note}[/]"
     return columns
 
 
