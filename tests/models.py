@@ -21,10 +21,15 @@ _COMMON = {
 
 
 def build(model_type: str, **arguments):
-    """A model of ``mlx_lm.models.<model_type>`` with ``arguments`` over small defaults."""
+    """A model of ``mlx_lm.models.<model_type>`` with ``arguments`` over small defaults.
+
+    So has the ``text_config`` of a model with media, where it is given.
+    """
     module = importlib.import_module(f"mlx_lm.models.{model_type}")
     mx.random.seed(0)
     fields = _COMMON | {"model_type": model_type} | arguments
+    if "text_config" in arguments:
+        fields["text_config"] = fields | arguments["text_config"]
     model = module.Model(module.ModelArgs.from_dict(fields))
     mx.eval(model.parameters())
     return model

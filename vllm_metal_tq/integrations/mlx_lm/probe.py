@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 
 from ...attention import Mask
 from . import hook
+
+# Why mlx_lm's own cache stays in place.
+CHANGED = "keys or values changed after they were stored"
+LATENT = "latent attention (MLA)"
+OWN = "attention of the model's own"
+SHARED = "keys that are read more than once"
+SIZES = "keys and values of different head_dim"
+WINDOW = "sliding window"
+CHUNKS = "attention within chunks"
+STATE = "a state, no keys"
+SEVERAL = "several caches in one layer"
+_OF_CACHES = (
+    (host.RotatingKVCache, WINDOW),
+    (host.ChunkedKVCache, CHUNKS),
+    (host.ArraysCache, STATE),
+    (host.CacheList, SEVERAL),
+)
+
+Shape = tuple[int, int]
+"""head_dim and num_kv_heads of a layer of plain attention."""
 
 
 class _Probe(host.KVCache):
@@ -32,26 +54,32 @@ class _Probe(host.KVCache):
     ) -> mx.array:
         return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
 
-    def shape(self, attended: list[hook.Attended]) -> tuple[int, int] | None:
-        """(head_dim, num_kv_heads) where the layer is plain attention, else None."""
+    def found(self, attended: list[hook.Attended]) -> Shape | str:
+        """Its layer's shape where that is plain attention, else why it is not."""
         if len(self.fetched) != 1:
-            return None
+            return OWN
         keys, values = self.fetched[0]
         readers = [
-            (queries, cache is self and read_keys is keys and read_values is values)
+            (queries, read_keys, read_values, cache is self)
             for queries, read_keys, read_values, cache in attended
             if cache is self or read_keys is keys or read_values is values
         ]
-        if len(readers) != 1:
-            return None
-        queries, untouched = readers[0]
-        if not untouched or not queries.shape[3] == keys.shape[3] == values.shape[3]:
-            return None
+        if not readers:
+            return OWN
+        queries, read_keys, read_values, itself = readers[0]
+        if len(readers) > 1 or not itself:
+            return SHARED
+        if read_keys is read_values:
+            return LATENT
+        if read_keys is not keys or read_values is not values:
+            return CHANGED
+        if not queries.shape[3] == keys.shape[3] == values.shape[3]:
+            return SIZES
         return keys.shape[3], keys.shape[1]
 
 
-def plain_attention(model: nn.Module) -> list[tuple[int, int] | None]:
-    """(head_dim, num_kv_heads) of each of the model's caches, None where it cannot be replaced.
+def attention(model: nn.Module) -> list[Shape | str]:
+    """The shape of each of the model's caches, or why mlx_lm's own stays in place.
 
     Found by building the graph of one token and never evaluating it: a layer qualifies if it
     stores keys and values of one head_dim once and they are attended to once, as they are, by
@@ -62,4 +90,19 @@ def plain_attention(model: nn.Module) -> list[tuple[int, int] | None]:
     probes = [_Probe() if type(cache) is host.KVCache else cache for cache in caches]
     with hook.watched() as attended:
         model(mx.zeros((1, 1), mx.int32), cache=probes)
-    return [probe.shape(attended) if isinstance(probe, _Probe) else None for probe in probes]
+    return [x.found(attended) if isinstance(x, _Probe) else _why_kept(x) for x in probes]
+
+
+def _why_kept(cache: object) -> str:
+    of_classes = (why for kind, why in _OF_CACHES if isinstance(cache, kind))
+    return next(of_classes, f"a cache of its own ({type(cache).__name__})")
+
+
+def plain_attention(model: nn.Module) -> list[Shape | None]:
+    """The shape of each of the model's caches, None where it cannot be replaced."""
+    return [found if isinstance(found, tuple) else None for found in attention(model)]
+
+
+def kept(model: nn.Module) -> dict[str, int]:
+    """Why caches of a model stay mlx_lm's own, and how many for each reason."""
+    return dict(Counter(found for found in attention(model) if isinstance(found, str)))

@@ -1,0 +1,116 @@
+"""Every kind of attention, compressed at 8 bits, against mlx_lm's own cache.
+
+A spread is the standard deviation of a step's logits over the vocabulary. Compression moved the
+logits of these models by up to 0.06 of it; without one block of 16 tokens of 80 they would move by
+``BOUND`` and more, as a test shows for each kind.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as host
+import pytest
+from kinds import COMPRESSED, KINDS, Kind
+from models import build, tokens
+
+from vllm_metal_tq import TurboQuantConfig, TurboQuantKVCache, make_prompt_cache
+from vllm_metal_tq.integrations.mlx_lm.probe import attention
+
+BOUND = 0.1  # spreads
+CHUNKS = 48, 32  # of the prompt: more than a block and the tail
+STEPS = 32
+TQ8 = TurboQuantConfig.from_names("tq8")
+
+
+@dataclass
+class Case:
+    """A model, and what it says with mlx_lm's own cache: ``(1 + STEPS, vocab)`` and its tokens."""
+
+    kind: Kind
+    model: nn.Module
+    logits: mx.array
+    chosen: list[int]
+
+    @property
+    def spread(self):
+        return mx.std(self.logits, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def case(request):
+    kind = request.param
+    model = build(kind.model_type, **kind.fields)
+    _scale(model)
+    return Case(kind, model, *decode(model, host.make_prompt_cache(model)))
+
+
+def _scale(model):
+    """Where a model leaves logits as they are (Gemma 4), trained norms of queries scale them."""
+    for _, module in model.named_modules():
+        if "q_norm" in module and module.scale == 1.0:
+            module.q_norm.weight *= module.head_dim**-0.5
+
+
+def prefill(model, cache):
+    """The logits of the prompt's last token."""
+    prompt = tokens(sum(CHUNKS))
+    for chunk in mx.split(prompt, CHUNKS[:1], axis=1):
+        logits = model(chunk, cache=cache)[0, -1]
+    return logits
+
+
+def steps(model, cache, logits, forced=None):
+    """Logits of the prompt and of each step, and the tokens: its own choice, or ``forced``."""
+    found, chosen = [logits], []
+    for i in range(STEPS):
+        chosen.append(forced[i] if forced else int(found[-1].argmax().item()))
+        found.append(model(mx.array([[chosen[-1]]]), cache=cache)[0, -1])
+    return mx.stack(found), chosen
+
+
+def decode(model, cache, forced=None):
+    return steps(model, cache, prefill(model, cache), forced)
+
+
+def moved(case, logits):
+    """How far each step's logits are from the uncompressed ones, in spreads."""
+    return (mx.abs(logits - case.logits) / case.spread).max(axis=1)
+
+
+every_kind = pytest.mark.parametrize("case", KINDS, ids=str, indirect=True)
+compressed_kinds = pytest.mark.parametrize(
+    "case", [kind for kind in KINDS if COMPRESSED in kind.caches], ids=str, indirect=True
+)
+
+
+@every_kind
+def test_the_caches_that_are_compressed_and_why_others_are_not(case):
+    cache = make_prompt_cache(case.model, TQ8)
+    found = attention(case.model)
+    assert [why if isinstance(why, str) else COMPRESSED for why in found] == case.kind.caches
+    ours = [isinstance(c, TurboQuantKVCache) for c in cache]
+    assert ours == [why == COMPRESSED for why in case.kind.caches]
+
+
+@every_kind
+def test_logits_and_choices_are_those_of_the_uncompressed_cache(case):
+    logits, _ = decode(case.model, make_prompt_cache(case.model, TQ8), case.chosen)
+    bound = BOUND if COMPRESSED in case.kind.caches else 0.0
+    assert moved(case, logits).max().item() <= bound
+    best = mx.sort(case.logits, axis=1)[:, -2:]
+    clear = (best[:, 1] - best[:, 0]) / case.spread[:, 0] > bound
+    assert clear.sum().item() > STEPS / 4  # else choices would say nothing
+    same = logits.argmax(axis=1) == case.logits.argmax(axis=1)
+    assert (same | ~clear).all()
+
+
+@compressed_kinds
+def test_a_block_that_is_lost_would_show(case):
+    cache = make_prompt_cache(case.model, TQ8)
+    logits = prefill(case.model, cache)
+    for ours in cache:
+        if isinstance(ours, TurboQuantKVCache):
+            ours.pool.pages[ours.sequences.tables[0].blocks[1]] = 0
+    logits, _ = steps(case.model, cache, logits, case.chosen)
+    assert moved(case, logits).max().item() > BOUND
