@@ -2,10 +2,11 @@ import argparse
 import json
 
 import pytest
+from models import llama
 
 from vllm_metal_tq import make_prompt_cache, save_prompt_cache
+from vllm_metal_tq.cli import common, main, prompts
 from vllm_metal_tq.cli import generate as command
-from vllm_metal_tq.cli import main, prompts
 
 TAIL = 32 * 2 * 64 * 4  # bytes of a KV head's last tokens in float32
 
@@ -58,6 +59,16 @@ def test_text_is_streamed_and_a_table_follows(capsys):
     assert text
     for words in ("q8_0/q3_0", "30 of 30", "1.64x", "tok/s", "peak memory"):
         assert words in table
+
+
+def test_the_table_says_why_layers_are_not_compressed(capsys, demo, monkeypatch):
+    _, tokenizer = demo
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    model = llama(num_hidden_layers=2, vocab_size=tokenizer.vocab_size, **windows)
+    monkeypatch.setattr(common, "load_model", lambda name: (model, tokenizer))
+    _, out, _ = generate(capsys, "-p", "Say hello.", "-m", "2", "--no-calibrate")
+    assert "1 of 2" in out
+    assert "1: sliding window" in out
 
 
 def test_a_seed_makes_sampling_repeatable(capsys):

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
         common.print_json(named | common.scheme_fields(config) | figures)
         return
     common.print_table(
-        {
-            "scheme": config.label,
-            "layers compressed": f"{held.layers_compressed} of {held.layers}",
+        {"scheme": config.label}
+        | prompts.layer_rows(held, model)
+        | {
             "prompt tokens": str(len(prompt)),
             "prefill tok/s": f"{tps:.1f}",
             "KV bytes held": common.size(held.kv_bytes),

@@ -95,9 +95,9 @@ def run(args: argparse.Namespace) -> None:
     print("\n")
     drafts = {"drafted": f"{drafted} of {last.generation_tokens} tokens"}
     common.print_table(
-        {
-            "scheme": config.label,
-            "layers compressed": f"{held.layers_compressed} of {held.layers}",
+        {"scheme": config.label}
+        | prompts.layer_rows(held, *filter(None, (model, draft_model)))
+        | {
             "KV bytes held": common.size(held.kv_bytes),
             "KV bytes in bf16": common.size(held.kv_bytes_bf16),
             "ratio": f"{held.ratio:.2f}x",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, cast
 
 from . import common
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ..config import TurboQuantConfig
+    from ..integrations.mlx_lm import CacheReport
     from ..types import PromptCache
 
 DEFAULT_PREFILL_STEP_SIZE = 2048
@@ -74,6 +76,17 @@ def empty_cache(
     calibration = common.calibration_for(args, model, tokenizer)
     config = common.scheme(args, calibration)
     return config, ours.make_prompt_cache(model, config, args.max_kv_size, calibration)
+
+
+def layer_rows(held: CacheReport, *models: nn.Module) -> dict[str, str]:
+    """Rows of a table: how many layers of the models are compressed, and why others are not."""
+    from ..integrations.mlx_lm.probe import kept
+
+    rows = {"layers compressed": f"{held.layers_compressed} of {held.layers}"}
+    others = sum((Counter(kept(model)) for model in models), Counter[str]())
+    if others:
+        rows["kept as they are"] = ", ".join(f"{count}: {why}" for why, count in others.items())
+    return rows
 
 
 def tokens(

@@ -119,7 +119,12 @@ KINDS = [
             | {"floor_scale": 16}
         },
     ),
-    Kind("mistral3", "as llama, in a model for images", full(), {"text_config": HEADS | {"model_type": "llama"}}),
+    Kind(
+        "mistral3",
+        "as llama, in a model for images",
+        full(),
+        {"text_config": HEADS | {"model_type": "llama"}},
+    ),
     Kind(
         "ministral3",
         "queries scaled by their position",
@@ -127,7 +132,11 @@ KINDS = [
         HEADS
         | {
             "rope_parameters": YARN
-            | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32}
+            | {
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 32,
+            }
         },
     ),
     Kind("mixtral", "experts", full(), LOCAL_EXPERTS),
@@ -299,7 +308,8 @@ KINDS = [
         "mamba2",
         "state space alone",
         [STATE] * 3,
-        MAMBA2 | {"num_heads": 4, "head_dim": 32, "state_size": 16, "intermediate_size": 128}
+        MAMBA2
+        | {"num_heads": 4, "head_dim": 32, "state_size": 16, "intermediate_size": 128}
         | {"tie_word_embeddings": False, "time_step_rank": "auto"},
     ),
     Kind(
@@ -314,8 +324,7 @@ KINDS = [
         "falcon_h1",
         "attention and state space in one layer",
         [SEVERAL] * 3,
-        HEADS
-        | {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2, "mamba_d_state": 16},
+        HEADS | {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2, "mamba_d_state": 16},
     ),
     Kind(
         "nemotron_h",

@@ -13,6 +13,7 @@ import mlx_lm.models.cache as host
 import pytest
 from kinds import COMPRESSED, KINDS, Kind
 from models import build, tokens
+from supported_models import PAGE, written
 
 from vllm_metal_tq import TurboQuantConfig, TurboQuantKVCache, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm.probe import attention
@@ -114,3 +115,9 @@ def test_a_block_that_is_lost_would_show(case):
             ours.pool.pages[ours.sequences.tables[0].blocks[1]] = 0
     logits, _ = steps(case.model, cache, logits, case.chosen)
     assert moved(case, logits).max().item() > BOUND
+
+
+def test_the_documentation_has_these_kinds():
+    page = PAGE.read_text(encoding="utf-8")
+    assert written(page) == page
+    assert f"{BOUND:.0%} of their spread" in page
