@@ -61,7 +61,7 @@ def test_sizes_are_read(text, count):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2TB", "2 apples", "nan", "1e999"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises((ValueError, OverflowError)):
+    with pytest.raises(ValueError, match=r"is no size|could not convert"):
         serve.size(text)
 
 

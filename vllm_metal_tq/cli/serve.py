@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import signal
 from typing import TYPE_CHECKING
 
@@ -137,10 +138,10 @@ def size(text: str) -> int:
     """
     upper = text.strip().upper().removesuffix("B")
     digits = upper.rstrip("KMG")
-    count = int(float(digits) * UNITS[upper[len(digits) :]]) if upper[len(digits) :] in UNITS else 0
-    if count < 1:
+    count = float(digits) * UNITS[upper[len(digits) :]] if upper[len(digits) :] in UNITS else 0
+    if not 1 <= count < math.inf:
         raise ValueError(f"{text!r} is no size")
-    return count
+    return int(count)
 
 
 def budget(text: str) -> int | None:
