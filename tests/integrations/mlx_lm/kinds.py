@@ -113,7 +113,7 @@ KINDS = [
         [CHUNKS] * 3 + [COMPRESSED],
         {
             "text_config": HEADS
-            | {"num_hidden_layers": 4, "attention_chunk_size": 32, "attention_bias": False}
+            | {"num_hidden_layers": 4, "attention_chunk_size": 256, "attention_bias": False}
             | {"num_local_experts": 1, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
             | {"intermediate_size_mlp": 96, "rope_scaling": None, "use_qk_norm": True}
             | {"floor_scale": 16}

@@ -42,6 +42,7 @@ class Case:
 @pytest.fixture(scope="module")
 def case(request):
     kind = request.param
+    pytest.importorskip(f"mlx_lm.models.{kind.model_type}")  # of a later mlx_lm
     model = build(kind.model_type, **kind.fields)
     _train(model)
     return Case(kind, model, *decode(model, host.make_prompt_cache(model)))
