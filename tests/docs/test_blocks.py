@@ -45,7 +45,7 @@ def test_a_shell_block_s_commands_and_flags_are_there(block):
         "make none",
         "pip install 'vllm-metal-tq[none]'",
         'vllm serve x --additional-config \'{"turboquant": true, "preset": "tq9"}\'',
-        "rm -r /tmp/x",
+        "rm -r book",
         "echo 'no end",
     ],
 )

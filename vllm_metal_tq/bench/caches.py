@@ -14,11 +14,12 @@ from mlx.utils import tree_flatten
 from ..config import TurboQuantConfig
 from ..integrations.mlx_lm import make_prompt_cache
 from ..integrations.mlx_lm.hook import host_caches
+from ..plan import plan
+from ..plan.caches import MLX_GROUP
 
-DENSE = "bf16"
-GROUP = 64  # elements that share a scale and a bias in mlx_lm's quantised cache, 2 bytes each
-MLX_BITS = {"mlx_lm 8-bit": 8, "mlx_lm 4-bit": 4}
-BASELINES = (DENSE, *MLX_BITS)
+MLX_BITS = {scheme.name: scheme.mlx_bits for scheme in plan.BASELINES if scheme.mlx_bits}
+BASELINES = tuple(scheme.name for scheme in plan.BASELINES)
+DENSE = BASELINES[0]
 
 Maker = Callable[[nn.Module], list[Any]]
 """Makes an empty prompt cache of a model."""
@@ -47,12 +48,12 @@ def arrays(tree: Any) -> list[mx.array]:
 
 def bits_per_element(name: str) -> float:
     """Bits that an element takes in one of ``BASELINES``, scales included."""
-    return 16 if name == DENSE else MLX_BITS[name] + 32 / GROUP
+    return 16 if name == DENSE else MLX_BITS[name] + 32 / MLX_GROUP
 
 
 def _quantised(model: nn.Module, bits: int) -> list[Any]:
     """Mlx_lm's quantised caches where its layers can have one, as its ``--kv-bits`` does."""
     return [
-        cache.to_quantized(GROUP, bits) if type(cache) is host.KVCache else cache
+        cache.to_quantized(MLX_GROUP, bits) if type(cache) is host.KVCache else cache
         for cache in host_caches(model)
     ]

@@ -14,6 +14,7 @@ from ..config import TurboQuantConfig
 from ..kernels.decode import Options, decode
 from ..layout import PageLayout
 from ..pages import PagePool
+from ..plan.caches import MLX_GROUP
 from ..rotation import rotate, unrotate
 from . import caches, clock
 
@@ -217,7 +218,7 @@ def _dense(shape: Shape, head_dim: int) -> Attend:
 
 def _quantised_time(shape: Shape, head_dim: int, bits: int) -> float | None:
     """Microseconds of a call over mlx_lm's quantised cache, or None where MLX cannot run it."""
-    group = caches.GROUP
+    group = MLX_GROUP
     try:
         keys, values = (mx.quantize(x, group, bits) for x in _random(shape, head_dim))
         mx.eval(keys, values)

@@ -9,7 +9,8 @@ from ..config import TurboQuantConfig
 from ..kernels.encode import encode
 from ..layout import PageLayout
 from ..pages import BlockTable, PagePool
-from . import caches, clock
+from ..plan.caches import MLX_GROUP
+from . import clock
 
 KV_HEADS = 8
 GPU_TOKENS, CPU_TOKENS = [1, 8192], [1, 256]
@@ -78,7 +79,7 @@ def _quantise_time(keys: mx.array, values: mx.array) -> float | None:
     """Microseconds of quantising as mlx_lm's 4-bit cache does, or None where MLX cannot."""
 
     def quantise() -> list[object]:
-        return [mx.quantize(x, group_size=caches.GROUP, bits=4) for x in (keys, values)]
+        return [mx.quantize(x, group_size=MLX_GROUP, bits=4) for x in (keys, values)]
 
     try:
         return 1e6 * clock.wall(quantise)

@@ -154,7 +154,8 @@ def _serve_theirs(args: argparse.Namespace, cache: str, port: int) -> None:
     """Mlx_lm's own server, which loads the demo model as we do."""
     from mlx_lm import server
 
-    from ..bench.caches import GROUP, MLX_BITS
+    from ..bench.caches import MLX_BITS
+    from ..plan.caches import MLX_GROUP
 
     class Provider(server.ModelProvider):
         """Loads by name what mlx_lm does not know."""
@@ -170,6 +171,6 @@ def _serve_theirs(args: argparse.Namespace, cache: str, port: int) -> None:
             self.is_batchable = True
 
     options = _options(args, port)
-    options.kv_bits, options.kv_group_size = MLX_BITS.get(cache), GROUP
+    options.kv_bits, options.kv_group_size = MLX_BITS.get(cache), MLX_GROUP
     with contextlib.redirect_stderr(io.StringIO()):  # a line for each request
         server.run(HOST, port, Provider(options))

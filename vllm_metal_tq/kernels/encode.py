@@ -119,20 +119,10 @@ def store(
         template={
             "T": keys.dtype,
             "HEAD_DIM": head_dim,
-            "D": dim,
-            "M": hadamard_factor(dim),
             "E": share,
-            "ROW": layout.row_bytes,
-            "K_STEPS": len(KEY_CLIPS[layout.config.k_bits]),
-            "V_STEPS": len(VALUE_CLIPS[layout.config.v_bits]),
-            "SEARCH_TERMS": SEARCH_TERMS[layout.config.v_bits],
-            "TERMS": CELL_TERMS[layout.config.v_bits],
-            "GROUPS": SIMDGROUPS,
-            "TAIL": TAIL,
-            "COPIED": COPIED,
             "CENTRE": int(centre is not None),
             "ALIKE": alike(centre, dim, share) if centre else 0,
-            **plane_constants(layout),
+            **_constants(layout),
         },
         outputs={
             "rows": ((batch, heads, length, layout.row_bytes), mx.uint8),
@@ -144,6 +134,24 @@ def store(
     )
     rows, next_keys, next_values = execute(launch)
     return rows, next_keys, next_values
+
+
+def _constants(layout: PageLayout) -> dict[str, int]:
+    """What the kernel is compiled with for a layout, whatever its launch."""
+    k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
+    return {
+        "D": layout.dim,
+        "M": hadamard_factor(layout.dim),
+        "ROW": layout.row_bytes,
+        "K_STEPS": len(KEY_CLIPS[k_bits]),
+        "V_STEPS": len(VALUE_CLIPS[v_bits]),
+        "SEARCH_TERMS": SEARCH_TERMS[v_bits],
+        "TERMS": CELL_TERMS[v_bits],
+        "GROUPS": SIMDGROUPS,
+        "TAIL": TAIL,
+        "COPIED": COPIED,
+        **plane_constants(layout),
+    }
 
 
 def _share(dim: int, count: int) -> int:

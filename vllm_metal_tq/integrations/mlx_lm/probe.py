@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 
-from ...attention import Mask
 from . import hook
 
 # Why mlx_lm's own cache stays in place.
@@ -42,17 +41,6 @@ class _Probe(host.KVCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.fetched.append(super().update_and_fetch(keys, values))
         return self.fetched[-1]
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
 
     def found(self, attended: list[hook.Attended]) -> Shape | str:
         """Its layer's shape where that is plain attention, else why it is not."""
