@@ -28,7 +28,7 @@ def both(config, head_dim, past_length, *, sinks=None, dtype=mx.float32, centre=
 
     table.append(mx.zeros((2, 40, layout.row_bytes), mx.uint8))
     append(40, past_length, 1)
-    table.evict(shift)  # the blocks are not in order any more
+    table.evict(table.oldest_but_first(shift))  # the blocks are not in order any more
     append(40 + past_length, 20, 3)
     past_length = table.num_tokens - 1  # the last token's page is in use, but not its own
     q = normal(1, 6, 1, head_dim, seed=5).astype(dtype)

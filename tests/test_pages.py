@@ -111,8 +111,7 @@ def test_eviction_drops_the_oldest_blocks_but_the_first():
     table = BlockTable(pool())
     rows = random_rows(table.pool, 70)
     table.append(rows)
-    assert table.evictable(17) == 32
-    table.evict(17)
+    assert table.evict(table.oldest_but_first(17)) == 32
     assert table.num_tokens == 38
     expected = mx.concatenate([rows[:, :16], rows[:, 48:]], axis=1)
     assert np.array_equal(rows_of(table, 38), expected)
@@ -122,10 +121,30 @@ def test_eviction_never_drops_the_first_block_or_a_part_of_one():
     table = BlockTable(pool())
     rows = np.array(random_rows(table.pool, 40))
     table.append(mx.array(rows))
-    assert table.evictable(10_000) == 16
-    table.evict(10_000)
-    table.evict(10_000)
+    assert table.evict(table.oldest_but_first(10_000)) == 16
+    assert table.evict(table.oldest_but_first(10_000)) == 0
     assert np.array_equal(rows_of(table), np.delete(rows, np.s_[16:32], axis=1))
+
+
+def test_the_oldest_blocks_may_go_with_the_first_among_them():
+    table = BlockTable(pool())
+    rows = random_rows(table.pool, 70)
+    table.append(rows)
+    assert table.evict(table.oldest(47)) == 32  # never a part of a block
+    assert np.array_equal(rows_of(table, 38), rows[:, 32:])
+    assert table.evict(table.oldest(-1)) == 0
+    assert table.evict(table.oldest(10_000)) == 32
+    assert table.num_tokens == 6
+
+
+def test_compaction_leaves_what_is_needed_at_once():
+    table = BlockTable(pool())
+    table.append(random_rows(table.pool, 2000))
+    table.evict(table.oldest(1900))
+    table.pool.compact(needed=60)
+    assert table.pool.num_blocks == 2048 // 16
+    table.pool.compact(needed=20)
+    assert table.pool.num_blocks == len(table.blocks)
 
 
 def test_compaction_gives_free_blocks_back_and_keeps_the_rows():
@@ -134,7 +153,7 @@ def test_compaction_gives_free_blocks_back_and_keeps_the_rows():
     table.append(mx.array(rows))
     table.pool.compact()
     assert table.pool.num_blocks == 2048 // 16  # little of it was free
-    table.evict(1900)
+    table.evict(table.oldest_but_first(1900))
     table.pool.compact()
     assert table.pool.num_blocks == len(table.blocks)
     assert np.array_equal(rows_of(table), np.delete(rows, np.s_[16:1920], axis=1))
@@ -284,9 +303,15 @@ class TablesAgainstLists(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 50))
     def evict(self, data, count):
         i = self.one(data)
-        dropped = self.tables[i].evictable(count)
-        self.tables[i].evict(count)
+        dropped = self.tables[i].evict(self.tables[i].oldest_but_first(count))
         self.lists[i] = np.delete(self.lists[i], np.s_[16 : 16 + dropped], axis=1)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), count=st.integers(1, 50))
+    def pass_a_window(self, data, count):
+        i = self.one(data)
+        dropped = self.tables[i].evict(self.tables[i].oldest(count))
+        self.lists[i] = self.lists[i][:, dropped:]
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())

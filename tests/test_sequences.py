@@ -14,7 +14,7 @@ from vllm_metal_tq.config import TurboQuantConfig
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.pages import OutOfBlocks, PagePool
 from vllm_metal_tq.sequences import Sequences
-from vllm_metal_tq.tail import TAIL
+from vllm_metal_tq.tail import FEW, TAIL
 
 HEADS, HEAD_DIM, BLOCK = 1, 32, 16
 LAYOUT = PageLayout(TurboQuantConfig(8, 8, BLOCK), HEAD_DIM)
@@ -50,11 +50,11 @@ def check(sequences, expected):
 class AgainstLists(RuleBasedStateMachine):
     """Batches of one pool against lists of token kinds: with a limit, a budget and padding."""
 
-    LIMIT, BUDGET = 48, 24
+    BUDGET, LIMIT, KEPT = 24, {"max_kv_size": 48}, BLOCK  # the first KEPT tokens stay
 
     def __init__(self):
         super().__init__()
-        first = made(1, self.BUDGET, max_kv_size=self.LIMIT)
+        first = made(1, self.BUDGET, **self.LIMIT)
         self.pool, self.batches, self.lists = first.pool, [first], [[[]]]
 
     @rule(data=st.data(), length=st.sampled_from([1, 1, 2, 8, 9, 33, 60]), ragged=st.booleans())
@@ -72,7 +72,7 @@ class AgainstLists(RuleBasedStateMachine):
         for i, (new, some) in enumerate(zip(kinds, columns, strict=True)):
             dropped = len(lists[i]) + len(new[some]) - batch.lengths[i]
             assert dropped % BLOCK == 0
-            lists[i] = lists[i][:BLOCK] + lists[i][BLOCK + dropped :] + new[some]
+            lists[i] = lists[i][: self.KEPT] + lists[i][self.KEPT + dropped :] + new[some]
 
     @rule(data=st.data(), count=st.integers(0, 12))
     def trim(self, data, count):
@@ -124,8 +124,32 @@ class AgainstLists(RuleBasedStateMachine):
         assert self.pool.num_used == 0
 
 
-TestAgainstLists = AgainstLists.TestCase
-TestAgainstLists.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+class InAWindow(AgainstLists):
+    """The same where the oldest blocks go with the first among them."""
+
+    WINDOW = 30
+    LIMIT, KEPT = {"window": WINDOW}, 0
+
+    @rule(data=st.data(), count=st.integers(1, FEW))
+    def trim_in_the_window(self, data, count):
+        batch, lists = self.one(data)
+        if count > batch.trimmable:
+            with pytest.raises(ValueError, match=f"{count} tokens cannot be trimmed"):
+                batch.trim(count)
+        else:
+            batch.trim(count)
+            lists[:] = [x[: len(x) - count] for x in lists]
+
+    @invariant()
+    def all_that_is_seen_is_there(self):
+        for batch in self.batches:
+            for stored, seen in zip(batch.lengths, batch.offsets, strict=True):
+                assert stored >= min(self.WINDOW - 1, seen)
+
+
+TestAgainstLists, TestInAWindow = AgainstLists.TestCase, InAWindow.TestCase
+for case in (TestAgainstLists, TestInAWindow):
+    case.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
 
 
 def kinds_of(*lengths):
@@ -180,7 +204,9 @@ def test_sequences_in_a_batch_that_drop_blocks_attend_as_alone():
 
 class TestOthersThatCannotJoin:
     def refused(self, ours, theirs):
-        with pytest.raises(ValueError, match="must have the same widths, block size, limit and"):
+        with pytest.raises(
+            ValueError, match="must have the same widths, block size, limit, window and"
+        ):
             ours.extend(theirs)
         assert len(ours) == len(ours.tail.lengths) == len(ours.offsets) == 1
 
@@ -190,6 +216,9 @@ class TestOthersThatCannotJoin:
 
     def test_another_limit(self):
         self.refused(made(max_kv_size=48), made())
+
+    def test_another_window(self):
+        self.refused(made(window=48), made(window=64))
 
     def test_another_centre_unless_it_says_the_same(self):
         one, same, other = (centres.random(HEADS, HEAD_DIM, seed=seed) for seed in (0, 0, 1))

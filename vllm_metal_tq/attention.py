@@ -78,6 +78,16 @@ def window_mask(length: int, num_tokens: int, window: int) -> mx.array:
     return (distance >= 0) & (distance < window)
 
 
+def last_columns(mask: mx.array, num_tokens: int) -> mx.array:
+    """A mask over the last tokens, made one over ``num_tokens``: others are hidden."""
+    missing = num_tokens - mask.shape[-1]
+    if missing <= 0:
+        return mask[..., -missing:]
+    around = [(0, 0)] * (mask.ndim - 1) + [(missing, 0)]
+    hidden = False if mask.dtype == mx.bool_ else -mx.inf
+    return mx.pad(mask, around, constant_values=mx.array(hidden, mask.dtype))
+
+
 def decode_mask(mask: Mask, length: int, num_tokens: int, recent: int, raw_window: int) -> mx.array:
     """The mask under which a chunk sees exactly what token-by-token decoding would.
 

@@ -210,10 +210,13 @@ class PagePool:
         """Gather the pages of ``blocks``: uint8 ``(num_kv_heads, len(blocks), page_bytes)``."""
         return self.pages[mx.array(blocks, mx.int32)].swapaxes(0, 1)
 
-    def compact(self) -> None:
-        """Give free blocks back where they are more than two thirds, and not just a few."""
+    def compact(self, needed: int = 0) -> None:
+        """Give free blocks back where they are more than two thirds, and not just a few.
+
+        Blocks that are ``needed`` at once count as in use.
+        """
         step = GROWTH_TOKENS // self.layout.config.block_size
-        if self.num_free <= 2 * max(self.num_used, step):
+        if self.num_free - needed <= 2 * max(self.num_used + needed, step):
             return
         tables = list(self.tables)  # held, so that none is dropped while numbers change
         self._collect()
@@ -331,25 +334,29 @@ class BlockTable:
         self.num_tokens -= count
         self._keep(slice(0, -(-self.num_tokens // self._block_size)))
 
-    def evictable(self, count: int) -> int:
-        """How many tokens ``evict`` drops to make room for ``count``: whole blocks only."""
-        full = self.num_tokens // self._block_size
-        return min(-(-count // self._block_size), max(full - 1, 0)) * self._block_size
+    def oldest(self, count: int) -> slice:
+        """The first of the full blocks that are to go for ``count`` tokens."""
+        return slice(0, min(max(count, 0), self.num_tokens) // self._block_size)
 
-    def freed(self, count: int) -> int:
-        """Blocks that ``evict(count)`` gives back to the pool: those that no other table holds."""
-        dropped = self.blocks[1 : 1 + self.evictable(count) // self._block_size]
-        return sum(not self.pool.is_shared(block) for block in dropped)
-
-    def evict(self, count: int) -> None:
-        """Drop the oldest blocks but the first, ``evictable(count)`` tokens in all.
+    def oldest_but_first(self, count: int) -> slice:
+        """The full blocks that are to go to make room for ``count`` tokens.
 
         The first block stays because models put much of their attention on the first tokens
         (attention sinks, arXiv:2309.17453).
         """
-        dropped = self.evictable(count)
+        full = self.num_tokens // self._block_size
+        return slice(1, 1 + min(-(-max(count, 0) // self._block_size), max(full - 1, 0)))
+
+    def freed(self, some: slice) -> int:
+        """Blocks that ``evict`` gives back to the pool: those that no other table holds."""
+        return sum(not self.pool.is_shared(block) for block in self.blocks[some])
+
+    def evict(self, some: slice) -> int:
+        """Drop some of the full blocks; returns how many tokens they held."""
+        dropped = len(self.blocks[some]) * self._block_size
         self.num_tokens -= dropped
-        self._keep(slice(0, 1), slice(1 + dropped // self._block_size, None))
+        self._keep(slice(0, some.start), slice(some.stop, None))
+        return dropped
 
     def _keep(self, *parts: slice) -> None:
         kept = [block for part in parts for block in self.blocks[part]]

@@ -26,6 +26,9 @@ class Sequences:
         centre: calibration of the layer, or None.
         max_kv_size: when more tokens of a sequence are stored, its oldest blocks but the first
             are dropped before the next chunk. None: no limit.
+        window: how many tokens a query sees, itself included; 0 is all. Blocks behind the window
+            are dropped before the next chunk, so that a sequence never holds more than
+            ``window + FEW + block_size`` tokens and a chunk.
 
     Attributes:
         tables: the block table of each sequence.
@@ -43,10 +46,12 @@ class Sequences:
         *,
         centre: Centre | None = None,
         max_kv_size: int | None = None,
+        window: int = 0,
     ):
         self.pool = pool
         self.centre = centre
         self.max_kv_size = max_kv_size
+        self.window = window
         self.raw_window: int | None = None
         self.tables = [BlockTable(pool) for _ in range(count)]
         self.tail = Tail(count)
@@ -146,13 +151,13 @@ class Sequences:
 
     def _make_room(self, counts: list[int]) -> None:
         """What happens once a chunk is known to be good, before it is stored."""
-        excess = [self._excess(i, n) for i, n in enumerate(counts)]
+        outdated = [self._outdated(i, n) for i, n in enumerate(counts)]
         needed = blocks_needed(self.tables, counts) if self.tables else 0
-        freed = sum(t.freed(n) for t, n in zip(self.tables, excess, strict=True))
+        freed = sum(t.freed(some) for t, some in zip(self.tables, outdated, strict=True))
         self.pool.reserve(needed - freed)  # before anything is dropped: it may raise
-        for i, n in enumerate(excess):
-            self._evict(i, n)
-        self.pool.compact()
+        for i, some in enumerate(outdated):
+            self._evict(i, some)
+        self.pool.compact(needed)
 
     def _keep_recent(self, counts: list[int]) -> None:
         """Tails from before a chunk, where it will see them."""
@@ -163,22 +168,26 @@ class Sequences:
 
     def stored_before(self, counts: Sequence[int]) -> list[int]:
         """Tokens of each sequence that will be there once so many more have room."""
+        size = self.pool.layout.config.block_size
+        outdated = [self._outdated(i, n) for i, n in enumerate(counts)]
         return [
-            table.num_tokens - table.evictable(self._excess(i, n))
-            for i, (table, n) in enumerate(zip(self.tables, counts, strict=True))
+            table.num_tokens - (some.stop - some.start) * size
+            for table, some in zip(self.tables, outdated, strict=True)
         ]
 
-    def _excess(self, which: int, count: int) -> int:
-        if self.max_kv_size is None:
-            return 0
-        return max(self.tables[which].num_tokens + count - self.max_kv_size, 0)
-
-    def _evict(self, which: int, count: int) -> None:
+    def _outdated(self, which: int, count: int) -> slice:
+        """Blocks of a sequence that are dropped before so many more tokens."""
         table = self.tables[which]
-        before = table.num_tokens
-        table.evict(count)
-        if dropped := before - table.num_tokens:
-            remaining = table.num_tokens - self.pool.layout.config.block_size
+        if self.window:  # a few more are kept, so that the last tokens can be trimmed
+            return table.oldest(table.num_tokens - (self.window - 1) - FEW)
+        if self.max_kv_size is not None:
+            return table.oldest_but_first(table.num_tokens + count - self.max_kv_size)
+        return slice(0, 0)
+
+    def _evict(self, which: int, some: slice) -> None:
+        table = self.tables[which]
+        if dropped := table.evict(some):
+            remaining = table.num_tokens - some.start * self.pool.layout.config.block_size
             self.tail.shift(which, dropped, remaining)
 
     def _sees_chunk(self, count: int) -> bool:
@@ -194,7 +203,6 @@ class Sequences:
         scale: float,
         mask: attention.Mask = None,
         sinks: mx.array | None = None,
-        window: int = 0,
     ) -> mx.array:
         """Attend from the chunk that was just stored.
 
@@ -204,10 +212,10 @@ class Sequences:
             values: the same shape.
             scale: factor of the logits.
             mask: None, "causal", or an array ``(..., L, S + L)`` over the S tokens of the longest
-                sequence before the chunk, those of the others at its end, and the chunk.
+                sequence before the chunk, those of the others at its end, and the chunk. With a
+                window None and "causal" are meant within it; an array must say itself what of
+                it is seen, and S may be the last ``window - 1`` tokens before the chunk.
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
-            window: how many tokens a query sees, itself included; 0 is all. With one, ``mask``
-                must be None or "causal".
 
         Returns:
             ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
@@ -225,7 +233,7 @@ class Sequences:
                 mask=mask,
                 sinks=sinks,
                 centre=self.centre,
-                window=window,
+                window=self.window,
             )
             if attended is not None:
                 return attended
@@ -233,7 +241,7 @@ class Sequences:
         for i, some in enumerate(self._columns):
             q, k, v = (x[i : i + 1, :, some] for x in (queries, keys, values))
             own = self._own_mask(mask, i, length)
-            output = self._attend_alone(i, q, k, v, own, window, scale, sinks, shifts[i])
+            output = self._attend_alone(i, q, k, v, own, scale, sinks, shifts[i])
             around = [(0, 0), (0, 0), (some.start, length - some.start - counts[i]), (0, 0)]
             outputs.append(mx.pad(output, around) if counts[i] < length else output)
         return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
@@ -246,7 +254,7 @@ class Sequences:
         if mask.ndim == 4 and mask.shape[0] > 1:
             mask = mask[which : which + 1]
         chunk, stored = mask.shape[-1] - length, self.tables[which].num_tokens - count
-        past = mask[..., some, chunk - stored : chunk]
+        past = mask[..., some, max(chunk - stored, 0) : chunk]
         return mx.concatenate([past, mask[..., some, chunk:][..., some]], axis=-1)
 
     def _attend_alone(
@@ -256,7 +264,6 @@ class Sequences:
         keys: mx.array,
         values: mx.array,
         mask: attention.Mask,
-        window: int,
         scale: float,
         sinks: mx.array | None,
         shift: int,
@@ -270,32 +277,44 @@ class Sequences:
         elif self._recent[which]:
             recent = zip(self._recent[which], (keys, values), strict=True)
             keys, values = (mx.concatenate([old[None], new], axis=2) for old, new in recent)
-        past_length, blocks = table.num_tokens - keys.shape[2], table.blocks
-        if window and table.num_tokens > window:
-            size = self.pool.layout.config.block_size
-            first = max(table.num_tokens - length + 1 - window, 0)  # that anybody sees
-            unseen = first // size * size if first < past_length else past_length
-            blocks, past_length = blocks[unseen // size :], past_length - unseen
-            shift += unseen
-            mask = attention.window_mask(length, past_length + keys.shape[2], window)
+        unseen = self._unseen(table.num_tokens, length, keys.shape[2])
+        num_tokens = table.num_tokens - unseen
+        if self.window and isinstance(mask, mx.array):
+            mask = attention.last_columns(mask, num_tokens)
+        elif self.window and num_tokens > self.window:
+            mask = attention.window_mask(length, num_tokens, self.window)
+        past_length = num_tokens - keys.shape[2]
         if self.raw_window is not None:
-            mask = attention.decode_mask(
-                mask, length, table.num_tokens, keys.shape[2], self.raw_window
-            )
-            past_length = table.num_tokens
+            mask = attention.decode_mask(mask, length, num_tokens, keys.shape[2], self.raw_window)
+            past_length = num_tokens
         return dispatch.attend(
             queries,
             keys,
             values,
             self.pool,
-            blocks,
+            table.blocks[unseen // self.pool.layout.config.block_size :],
             past_length,
             scale=scale,
             mask=mask,
             sinks=sinks,
             centre=self.centre,
-            shift=shift,
+            shift=shift + unseen,
         )
+
+    def _unseen(self, num_tokens: int, length: int, recent: int) -> int:
+        """How many of a sequence's tokens need not be read: whole blocks, or the whole past.
+
+        Args:
+            num_tokens: tokens stored.
+            length: those of them in the chunk.
+            recent: those of them that are there as they came.
+        """
+        past = num_tokens - recent
+        first = max(num_tokens - length + 1 - self.window, 0) if self.window else 0  # that is seen
+        if first >= past and self.raw_window is None:
+            return past
+        size = self.pool.layout.config.block_size
+        return min(first, past) // size * size
 
     @property
     def block_table(self) -> mx.array:
@@ -315,8 +334,21 @@ class Sequences:
             table.unchanged = len(table.blocks)
         return self._block_table
 
+    @property
+    def trimmable(self) -> int:
+        """How many of the last tokens can be trimmed without missing any that were dropped."""
+        pairs = zip(self.offsets, self.lengths, strict=True)
+        lost = max(self.window - 1, 0)
+        return min((n if n == o else n - lost for o, n in pairs), default=0)
+
     def trim(self, count: int) -> None:
-        """Forget the last ``count`` tokens of each sequence."""
+        """Forget the last ``count`` tokens of each sequence.
+
+        Raises:
+            ValueError: what the tokens before them see was dropped; nothing is forgotten.
+        """
+        if (most := self.trimmable) < count:
+            raise ValueError(f"{count} tokens cannot be trimmed: at most the last {most}")
         self.tail.trim(count, self.lengths)
         for table in self.tables:
             table.trim(count)
@@ -324,7 +356,13 @@ class Sequences:
 
     def like(self, count: int, pool: PagePool | None = None) -> Sequences:
         """As many new sequences with the settings of these."""
-        new = Sequences(pool or self.pool, count, centre=self.centre, max_kv_size=self.max_kv_size)
+        new = Sequences(
+            pool or self.pool,
+            count,
+            centre=self.centre,
+            max_kv_size=self.max_kv_size,
+            window=self.window,
+        )
         new.raw_window = self.raw_window
         return new
 
@@ -349,12 +387,17 @@ class Sequences:
             ValueError: they were stored with other widths, another centre or another limit.
             OutOfBlocks: there is no room for copies; nothing has changed.
         """
-        ours, theirs = ((x.pool.layout, x.pool.num_kv_heads, x.max_kv_size) for x in (self, others))
+        ours, theirs = (
+            (x.pool.layout, x.pool.num_kv_heads, x.max_kv_size, x.window) for x in (self, others)
+        )
         if ours != theirs or not alike(self.centre, others.centre):
+            ours_said, theirs_said = (
+                f"{layout.config.label}, max_kv_size {limit}, window {window}"
+                for layout, _, limit, window in (ours, theirs)
+            )
             raise ValueError(
-                "sequences of one batch must have the same widths, block size, limit and "
-                f"calibration: {ours[0].config.label}, max_kv_size {ours[2]} cannot be joined by "
-                f"{theirs[0].config.label}, max_kv_size {theirs[2]}"
+                "sequences of one batch must have the same widths, block size, limit, window and "
+                f"calibration: {ours_said} cannot be joined by {theirs_said}"
             )
         self.tables = self.tables + [table.fork().moved(self.pool) for table in others.tables]
         self.tail = Tail.joined([self.tail, others.tail])

@@ -57,12 +57,12 @@ class Engine:
 
 def alone(tokens, counts, centre=None, window=0):
     """What a request gets for its tokens in chunks of ``counts``, from a cache of its own."""
-    sequences, outputs, start = Sequences(PagePool(LAYOUT, KV_HEADS), centre=centre), [], 0
+    sequences = Sequences(PagePool(LAYOUT, KV_HEADS), centre=centre, window=window)
+    outputs, start = [], 0
     for count in counts:
         q, k, v = (x[:, :, start : start + count] for x in tokens)
         sequences.store(k, v)
-        options = {"scale": SCALE, "mask": "causal", "sinks": SINKS, "window": window}
-        outputs.append(sequences.attend(q, k, v, **options))
+        outputs.append(sequences.attend(q, k, v, scale=SCALE, mask="causal", sinks=SINKS))
         start += count
     return mx.concatenate(outputs, axis=2)
 

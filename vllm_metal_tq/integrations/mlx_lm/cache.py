@@ -10,6 +10,7 @@ from typing import Self, cast
 import mlx.core as mx
 import mlx_lm.models.cache as host
 import numpy as np
+from mlx_lm.models.base import create_causal_mask
 
 from ...attention import Mask
 from ...centre import Centre
@@ -19,7 +20,17 @@ from ...pages import PagePool
 from ...sequences import Sequences
 from ...tail import TAIL
 
-STATE_VERSION = 3
+STATE_VERSION = 4  # 3 had no windows
+
+
+class WindowMask(mx.array):  # type: ignore[misc]  # MLX's arrays may be extended
+    """bool ``(L, S + L)``: a chunk and the tokens before it, each seen within a window of them.
+
+    An array, because mlx_lm's own caches of the model may be given it, too; ours know what it says
+    by its type, and leave it to kernels, which take a window as a number.
+    """
+
+    window: int
 
 
 class TurboQuantKVCache(host._BaseCache):
@@ -34,18 +45,26 @@ class TurboQuantKVCache(host._BaseCache):
         centre: calibration of the layer, or None.
         max_kv_size: when more are stored, the oldest blocks but the first are dropped before the
             next chunk. None: no limit.
+        window: how many tokens a query sees, itself included; 0 is all. What lies behind it is
+            dropped, and ``max_kv_size`` does not matter.
 
     Attributes:
         sequences: what it holds.
     """
 
     def __init__(
-        self, pool: PagePool, *, centre: Centre | None = None, max_kv_size: int | None = None
+        self,
+        pool: PagePool,
+        *,
+        centre: Centre | None = None,
+        max_kv_size: int | None = None,
+        window: int = 0,
     ):
         least = 2 * pool.layout.config.block_size
         if max_kv_size is not None and max_kv_size < least:
             raise ValueError(f"max_kv_size {max_kv_size} is too few: at least {least} (two blocks)")
-        self.sequences = Sequences(pool, centre=centre, max_kv_size=max_kv_size)
+        limit = None if window else max_kv_size
+        self.sequences = Sequences(pool, centre=centre, max_kv_size=limit, window=window)
 
     @classmethod
     def of(cls, sequences: Sequences) -> Self:
@@ -114,6 +133,8 @@ class TurboQuantKVCache(host._BaseCache):
         Returns:
             ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
         """
+        if isinstance(mask, WindowMask) and mask.window == self.sequences.window:
+            mask = "causal"
         return self.sequences.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
     def make_mask(
@@ -125,10 +146,25 @@ class TurboQuantKVCache(host._BaseCache):
         """The mask of the next chunk of ``N`` tokens, over what the cache will still hold.
 
         ``window_size`` and ``return_array`` are mlx_lm's: how far back a token sees, and whether
-        an array must be made where ``"causal"`` or None would do.
+        an array must be made where ``"causal"`` or None would do. With a window of its own the
+        mask is that of mlx_lm's ``RotatingKVCache``.
         """
+        if self.sequences.window:
+            return self._window_mask(N, window_size or self.sequences.window, return_array)
         stored = max(self.sequences.stored_before(self._next_counts(N)))
         mask: Mask = host.create_attention_mask(N, stored, return_array, window_size)
+        return mask
+
+    def _window_mask(self, length: int, seen: int, return_array: bool) -> Mask:
+        """The mask of a chunk after the last tokens of its window, of which so many are seen."""
+        window = self.sequences.window
+        stored = min(window - 1, max(self.sequences.offsets))
+        if stored + length <= seen and not (return_array and length > 1):
+            return None if length == 1 else "causal"
+        mask: mx.array = create_causal_mask(length, stored, window_size=seen)
+        if seen == window:
+            mask = WindowMask(mask)
+            mask.window = window
         return mask
 
     def _next_counts(self, length: int) -> list[int]:
@@ -151,7 +187,11 @@ class TurboQuantKVCache(host._BaseCache):
         return self.sequences.offsets == self.sequences.lengths
 
     def trim(self, n: int) -> int:
-        """Forget the last ``n`` tokens, or all where there are fewer; returns how many."""
+        """Forget the last ``n`` tokens, or all where there are fewer; returns how many.
+
+        Raises:
+            ValueError: what the tokens before them see was dropped; nothing is forgotten.
+        """
         n = max(min(*self.sequences.lengths, n), 0)
         self.sequences.trim(n)
         return n
@@ -221,6 +261,7 @@ class TurboQuantKVCache(host._BaseCache):
             self.layout.head_dim,
             self.pool.num_kv_heads,
             some.max_kv_size or 0,
+            some.window,
             some.offsets[0],
             some.lengths[0],
             some.tail.lengths[0],
@@ -246,21 +287,26 @@ class TurboQuantKVCache(host._BaseCache):
         """
         pages, header, *rest = state
         version, *numbers = cast(list[int], header.flatten().tolist())
-        if version != STATE_VERSION:
-            raise ValueError(f"state version {version} is unknown: {STATE_VERSION} can be read")
-        k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, offset, count = numbers[:8]
-        tail_length, centred, *blocks = numbers[8:]
+        if version == 3:
+            numbers.insert(6, 0)
+        elif version != STATE_VERSION:
+            raise ValueError(
+                f"state version {version} is unknown: 3 and {STATE_VERSION} can be read"
+            )
+        k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, window = numbers[:7]
+        offset, count, tail_length, centred, *blocks = numbers[7:]
         pool = PagePool(
             PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim), num_kv_heads
         )
-        cache = cls(pool, max_kv_size=max_kv_size or None)
+        cache = cls(pool, max_kv_size=max_kv_size or None, window=window)
         tail = rest[: 2 if tail_length else 0]
         fits = (
             pages.dtype == mx.uint8
             and pages.shape[1:] == pool.pages.shape[1:]
             and len(set(blocks)) == len(blocks) == -(-count // block_size)
             and all(0 <= block < pages.shape[0] for block in blocks)
-            and 0 <= count <= offset
+            and (count == offset or ((max_kv_size or window) and 0 <= count < offset))
+            and count >= min(window - 1, offset)
             and 0 <= tail_length <= min(count, TAIL)
             and centred in (0, 1)
             and len(rest) == (2 if tail_length else 0) + 4 * centred
@@ -286,7 +332,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
     """Sequences of one layer that join and leave at any step, as mlx_lm's BatchGenerator asks.
 
     Padding is never stored: of each chunk only the columns that are tokens. ``merge`` makes it of
-    caches; ``pool``, ``centre`` and ``max_kv_size`` are those of ``TurboQuantKVCache``.
+    caches; ``pool`` and the options are those of ``TurboQuantKVCache``.
     """
 
     _left: Sequence[int] = ()  # of each sequence, padding still to come before its first token

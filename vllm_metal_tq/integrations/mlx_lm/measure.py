@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,17 +43,23 @@ class _At(host.KVCache):
         self.stored = keys
         return keys, values
 
+    def make_mask(self, *given: object, **more: object) -> None:
+        """None: a token sees itself, whatever its layer's window is."""
 
-class _Recorder(host.KVCache):
-    """A dense cache that adds up what a layer stores and asks."""
 
-    def __init__(self, statistics: Statistics):
-        super().__init__()
+class _Recorder:
+    """mlx_lm's own cache of a layer, which adds up what the layer stores and asks."""
+
+    def __init__(self, cache: Any, statistics: Statistics):
+        self._cache = cache
         self._statistics = statistics
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self._new = keys, values
-        fetched: tuple[mx.array, mx.array] = super().update_and_fetch(keys, values)
+        fetched: tuple[mx.array, mx.array] = self._cache.update_and_fetch(keys, values)
         return fetched
 
     def attend(
@@ -64,7 +71,7 @@ class _Recorder(host.KVCache):
         mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        start = self.offset - queries.shape[2]
+        start = self._cache.offset - queries.shape[2]
         skip = max(SKIPPED - start, 0)
         if skip < queries.shape[2]:
             new_keys, new_values = (x[:, :, skip:] for x in self._new)
@@ -94,7 +101,6 @@ def calibrate(
     if len(token_ids) < 64:
         raise ValueError(f"the text has {len(token_ids)} tokens: calibration takes at least 64")
     hook.install(model)
-    caches = host.make_prompt_cache(model)
     # Where the embedding is not known, the mean of keys after it is a centre as well, if a worse
     # one: flags take it only where it helps.
     every = [
@@ -103,7 +109,10 @@ def calibrate(
     ]
     if not any(every):
         return Calibration((None,) * len(every), fingerprint(model))
-    caches = [_Recorder(s) if s else cache for s, cache in zip(every, caches, strict=True)]
+    caches = [
+        _Recorder(cache, s) if s else cache
+        for s, cache in zip(every, hook.host_caches(model), strict=True)
+    ]
     for start in range(0, len(token_ids), CHUNK):
         chunk = token_ids[start : start + CHUNK]
         mx.eval(model(mx.array([chunk]), cache=caches))

@@ -15,22 +15,23 @@ from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
 from .measure import from_biases
-from .probe import plain_attention
+from .probe import plain_attention, windows
 
 
 class CachePools:
     """Where all sequences of a model keep their pages.
 
     Prompt caches made here can be batched by mlx_lm, and copied, without a page being copied.
-    Layers of plain attention are compressed; the others (sliding window, SSM, MLA, layers that
-    share their keys) keep the cache that mlx_lm gives them, which no budget counts.
+    Layers of plain attention are compressed, those with a sliding window in a ring of blocks; the
+    others (SSM, MLA, layers that share their keys) keep the cache that mlx_lm gives them, which
+    no budget counts.
 
     Args:
         model: a model that mlx_lm has loaded.
         config: widths; where None those of the calibration, if it has any, or else the default
             preset.
         max_kv_size: tokens that a layer keeps, as mlx_lm's flag of that name: beyond it the
-            oldest blocks but the first are dropped.
+            oldest blocks but the first are dropped. A layer with a window keeps that.
         calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
             k_proj serves where a layer has one.
         max_bytes: the most that the pages of all layers may take. None: no limit. What would need
@@ -67,12 +68,14 @@ class CachePools:
         self.block_size = config.block_size
         self.max_bytes = max_bytes
         self._caches = hook.host_caches(model, max_kv_size)
-        for layer, (shape, centre) in enumerate(zip(shapes, centres, strict=True)):
+        layers = zip(shapes, centres, windows(model), strict=True)
+        for layer, (shape, centre, window) in enumerate(layers):
             if shape is not None:
                 head_dim, num_kv_heads = shape
                 pool = PagePool(PageLayout(config.for_layer(layer), head_dim), num_kv_heads)
-                cache = TurboQuantKVCache(pool, centre=centre, max_kv_size=max_kv_size)
-                self._caches[layer] = cache
+                self._caches[layer] = TurboQuantKVCache(
+                    pool, centre=centre, max_kv_size=max_kv_size, window=window
+                )
         for pool in self.pools:
             pool.max_blocks = self.max_blocks
 

@@ -75,10 +75,25 @@ def attention(model: nn.Module) -> list[Shape | str]:
     The hook must be installed.
     """
     caches = hook.host_caches(model)
-    probes = [_Probe() if type(cache) is host.KVCache else cache for cache in caches]
+    probes = [_Probe() if _replaceable(cache) else cache for cache in caches]
     with hook.watched() as attended:
         model(mx.zeros((1, 1), mx.int32), cache=probes)
     return [x.found(attended) if isinstance(x, _Probe) else _why_kept(x) for x in probes]
+
+
+def _replaceable(cache: object) -> bool:
+    return type(cache) is host.KVCache or window(cache) > 0
+
+
+def window(cache: object) -> int:
+    """How many tokens a query sees of what mlx_lm's cache of a layer keeps; 0 is all."""
+    rotates = type(cache) is host.RotatingKVCache and cache.keep == 0
+    return int(cache.max_size) if rotates else 0
+
+
+def windows(model: nn.Module) -> list[int]:
+    """The window of each of the model's caches, 0 where it has none."""
+    return [window(cache) for cache in hook.host_caches(model)]
 
 
 def _why_kept(cache: object) -> str:

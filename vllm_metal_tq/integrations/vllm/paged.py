@@ -92,8 +92,15 @@ class _Blocks(BlockTable):
 class _Batch(Sequences):
     """Requests whose tokens are stored and attended from together."""
 
-    def __init__(self, pool: PagePool, centre: Centre | None, tail: Tail, offsets: Sequence[int]):
-        super().__init__(pool, 0, centre=centre)
+    def __init__(
+        self,
+        pool: PagePool,
+        centre: Centre | None,
+        window: int,
+        tail: Tail,
+        offsets: Sequence[int],
+    ):
+        super().__init__(pool, 0, centre=centre, window=window)
         self.tables = [_Blocks(pool) for _ in offsets]
         self.tail, self.offsets, self._by_index = tail, list(offsets), True
 
@@ -163,9 +170,7 @@ class PagedLayer:
             q, k, v = (_unpacked(x, group) for x in (queries, keys, values))
             batch.store(k, v)
             batch.tail.settle()
-            attended = batch.attend(
-                q, k, v, scale=scale, mask="causal", sinks=sinks, window=self.window
-            )
+            attended = batch.attend(q, k, v, scale=scale, mask="causal", sinks=sinks)
             outputs.append(_packed(attended))
         return mx.concatenate(outputs, axis=2) if outputs[1:] else outputs[0]
 
@@ -189,7 +194,7 @@ class PagedLayer:
             return batch
         tails = [place[0].tail.take([place[1]]) if place else Tail() for place in places]
         offsets = [place[0].offsets[place[1]] if place else 0 for place in places]
-        batch = _Batch(self.pool, self.centre, Tail.joined(tails), offsets)
+        batch = _Batch(self.pool, self.centre, self.window, Tail.joined(tails), offsets)
         self._places |= {request: (batch, row) for row, request in enumerate(requests)}
         return batch
 
