@@ -168,7 +168,7 @@ def _drafter(
         )
     if number > lookup.MAX_DRAFT:
         raise ValueError(f"{prompts.flag(name)} {number} is too many: at most {lookup.MAX_DRAFT}")
-    lookup.check_trimmable(cache + draft_cache)
+    lookup.check_trimmable(cache + draft_cache, few=draft_model is None)
     return draft_model, draft_cache
 
 

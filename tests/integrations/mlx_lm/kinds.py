@@ -13,10 +13,10 @@ from vllm_metal_tq.integrations.mlx_lm.probe import (
     SHARED,
     SIZES,
     STATE,
-    WINDOW,
 )
 
 COMPRESSED = "compressed"
+WINDOW = 48  # tokens: more than the tail, and fewer than test_matrix.py asks for
 
 HEADS = {"head_dim": 64}
 # All experts are taken: which are would hang on rounding.
@@ -47,12 +47,12 @@ LATENTS = {
 }
 EXPANDED = LATENTS | {"rope_scaling": YARN | {"type": "yarn", "mscale_all_dim": 0}}
 GEMMA3N = {
-    **{"vocab_size_per_layer_input": 97, "rope_local_base_freq": 1e4, "sliding_window": 16},
+    **{"vocab_size_per_layer_input": 97, "rope_local_base_freq": 1e4, "sliding_window": WINDOW},
     **{"final_logit_softcapping": 30.0, "activation_sparsity_pattern": None},
     **{"hidden_size_per_layer_input": 16, "altup_num_inputs": 2, "altup_coef_clip": None},
     **{"altup_correct_scale": True, "altup_active_idx": 0, "laurel_rank": 8},
     **{"rope_scaling": None, "query_pre_attn_scalar": 64.0, "num_kv_shared_layers": 2},
-    **{"layer_types": ["sliding_attention", "full_attention"] * 2, "slide_window": 16},
+    **{"layer_types": ["sliding_attention", "full_attention"] * 2, "slide_window": WINDOW},
 }
 FEW_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 97}
 
@@ -101,9 +101,9 @@ KINDS = [
     Kind(
         "llama",
         "full attention beside sliding windows",
-        alternating(WINDOW, COMPRESSED, 2),
+        full(4),
         HEADS
-        | {"num_hidden_layers": 4, "sliding_window": 16}
+        | {"num_hidden_layers": 4, "sliding_window": WINDOW}
         | {"layer_types": alternating("sliding_attention", "full_attention", 2)},
         "llama with windows",
     ),
@@ -176,30 +176,30 @@ KINDS = [
     Kind(
         "gemma3_text",
         "norms of queries and keys, full attention beside sliding windows",
-        alternating(WINDOW, COMPRESSED, 2),
+        full(4),
         HEADS
-        | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": 2}
+        | {"num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 2}
         | {"query_pre_attn_scalar": 1024},  # what norms of 1 + 1 make of queries and keys
     ),
     Kind(
         "gemma3n",
         "full attention whose keys other layers read, beside sliding windows",
-        [WINDOW, SHARED],
+        [SHARED, SHARED],
         {"text_config": HEADS | GEMMA3N | {"num_hidden_layers": 4}},
     ),
     Kind(
         "gemma4_text",
         "larger heads in full attention, which has proportional RoPE, beside sliding windows",
-        alternating(WINDOW, COMPRESSED, 2),
-        {"head_dim": 32, "global_head_dim": 64, "num_key_value_heads": 1, "sliding_window": 16}
+        full(4),
+        {"head_dim": 32, "global_head_dim": 64, "num_key_value_heads": 1, "sliding_window": WINDOW}
         | {"num_hidden_layers": 4, "sliding_window_pattern": 2, "num_kv_shared_layers": 0}
         | FEW_INPUTS,
     ),
     Kind(
         "gemma4_text",
         "the same, keys read by other layers",
-        [WINDOW, COMPRESSED, WINDOW, SHARED],
-        {"head_dim": 32, "global_head_dim": 64, "num_key_value_heads": 1, "sliding_window": 16}
+        [COMPRESSED, COMPRESSED, SHARED, SHARED],
+        {"head_dim": 32, "global_head_dim": 64, "num_key_value_heads": 1, "sliding_window": WINDOW}
         | {"num_hidden_layers": 6, "sliding_window_pattern": 2, "num_kv_shared_layers": 2}
         | FEW_INPUTS,
         "gemma4_text with shared keys",
@@ -208,18 +208,18 @@ KINDS = [
     Kind(
         "gpt_oss",
         "sinks and YaRN, full attention beside sliding windows",
-        alternating(WINDOW, COMPRESSED),
+        full(2),
         HEADS
         | LOCAL_EXPERTS
-        | {"num_hidden_layers": 2, "sliding_window": 16, "rope_scaling": YARN}
+        | {"num_hidden_layers": 2, "sliding_window": WINDOW, "rope_scaling": YARN}
         | {"layer_types": alternating("sliding_attention", "full_attention")},
     ),
     Kind("olmo2", "norms after attention", full(), {"tie_word_embeddings": False}),
     Kind(
         "olmo3",
         "the same beside sliding windows",
-        alternating(WINDOW, COMPRESSED, 2),
-        {"num_hidden_layers": 4, "sliding_window": 16}
+        full(4),
+        {"num_hidden_layers": 4, "sliding_window": WINDOW}
         | {"layer_types": alternating("sliding_attention", "full_attention", 2)},
     ),
     Kind(
@@ -237,9 +237,9 @@ KINDS = [
     Kind(
         "cohere2",
         "the same without RoPE in full attention, beside sliding windows",
-        alternating(WINDOW, COMPRESSED, 2),
+        full(4),
         HEADS
-        | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": 2}
+        | {"num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 2}
         | {"logit_scale": 1.0, "hidden_size": 256},
     ),
     Kind("granite", "scaled residuals and logits", full(), MULTIPLIERS),
@@ -247,9 +247,9 @@ KINDS = [
     Kind(
         "exaone4",
         "full attention without RoPE beside sliding windows",
-        alternating(WINDOW, COMPRESSED, 2),
+        full(4),
         HEADS
-        | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": "LG"}
+        | {"num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": "LG"}
         | {"tie_word_embeddings": False, "rope_scaling": None},
     ),
     Kind(
@@ -276,10 +276,10 @@ KINDS = [
     Kind(
         "mimo_v2_flash",
         "values smaller than keys, beside sliding windows",
-        alternating(WINDOW, SIZES),
+        [SIZES, SIZES],
         {"num_hidden_layers": 2, "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 0]}
         | {"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False}
-        | {"sliding_window_size": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 1}
+        | {"sliding_window_size": WINDOW, "moe_intermediate_size": 32, "num_experts_per_tok": 1}
         | {"n_shared_experts": None, "n_routed_experts": None, "routed_scaling_factor": None}
         | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True}
         | {"n_group": 1, "topk_group": 1, "layernorm_epsilon": 1e-5, "swa_rope_theta": 1e4}
@@ -299,9 +299,9 @@ KINDS = [
     Kind(
         "recurrent_gemma",
         "sliding windows beside recurrent layers",
-        alternating(STATE, WINDOW),
+        alternating(STATE, COMPRESSED),
         {"num_hidden_layers": 2, "attention_bias": False, "conv1d_width": 4}
-        | {"logits_soft_cap": 30.0, "attention_window_size": 16, "num_key_value_heads": 1}
+        | {"logits_soft_cap": 30.0, "attention_window_size": WINDOW, "num_key_value_heads": 1}
         | {"block_types": ["recurrent", "attention"]},
     ),
     Kind(

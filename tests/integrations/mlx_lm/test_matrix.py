@@ -2,7 +2,8 @@
 
 A spread is the standard deviation of a step's logits over the vocabulary. Compression moved the
 logits of these models by up to 0.07 of it, and more where attention is sharper. Without one block
-of 16 tokens of 80 they would move by ``BOUND`` and more, as a test shows for each kind.
+of 16 tokens of 80 they would move by ``BOUND`` and more, as a test shows for each kind; so they
+would without one in windows of 48 tokens, which the decoded tokens leave behind.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 import pytest
-from kinds import COMPRESSED, KINDS, Kind
+from kinds import COMPRESSED, KINDS, WINDOW, Kind
 from models import build, tokens
 from supported_models import PAGE, written
 
 from vllm_metal_tq import TurboQuantConfig, TurboQuantKVCache, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm.probe import attention
+from vllm_metal_tq.tail import FEW, TAIL
 
 BOUND = 0.1  # spreads
 CHUNKS = 48, 32  # of the prompt: more than a block and the tail
@@ -92,6 +94,12 @@ every_kind = pytest.mark.parametrize("case", KINDS, ids=str, indirect=True)
 compressed_kinds = pytest.mark.parametrize(
     "case", [kind for kind in KINDS if COMPRESSED in kind.caches], ids=str, indirect=True
 )
+kinds_with_windows = pytest.mark.parametrize(
+    "case",
+    [kind for kind in KINDS if COMPRESSED in kind.caches and WINDOW in kind.fields.values()],
+    ids=str,
+    indirect=True,
+)
 
 
 @every_kind
@@ -119,11 +127,42 @@ def test_logits_and_choices_are_those_of_the_uncompressed_cache(case):
 def test_a_block_that_is_lost_would_show(case):
     cache = make_prompt_cache(case.model, TQ8)
     logits = prefill(case.model, cache)
-    for ours in cache:
-        if isinstance(ours, TurboQuantKVCache):
-            ours.pool.pages[ours.sequences.tables[0].blocks[1]] = 0
+    lose_a_block([c for c in cache if isinstance(c, TurboQuantKVCache)])
     logits, _ = steps(case.model, cache, logits, case.chosen)
     assert moved(case, logits).max().item() > BOUND
+
+
+def lose_a_block(caches):
+    """One that the next token sees in a window, but not as it came."""
+    lost = sum(CHUNKS) - TAIL - 16
+    assert sum(CHUNKS) - WINDOW <= lost
+    for cache in caches:
+        cache.pool.pages[cache.sequences.tables[0].blocks[lost // 16]] = 0
+
+
+def rings(cache):
+    ours = [c for c in cache if isinstance(c, TurboQuantKVCache)]
+    return [c for c in ours if c.sequences.window == WINDOW]
+
+
+@kinds_with_windows
+def test_a_block_that_is_lost_from_a_window_would_show(case):
+    cache = make_prompt_cache(case.model, TQ8)
+    logits = prefill(case.model, cache)
+    lose_a_block(rings(cache))
+    logits, _ = steps(case.model, cache, logits, case.chosen)
+    assert moved(case, logits).max().item() > BOUND
+
+
+@kinds_with_windows
+def test_a_window_drops_what_is_behind_it(case):
+    cache = make_prompt_cache(case.model, TQ8)
+    decode(case.model, cache, case.chosen)
+    assert rings(cache)
+    for ring in rings(cache):
+        assert ring.offset == sum(CHUNKS) + STEPS
+        assert WINDOW <= ring.size() <= WINDOW + FEW + 16
+        assert ring.nbytes < 8 * ring.pool.block_bytes + ring.sequences.tail.nbytes
 
 
 def test_the_documentation_has_these_kinds():

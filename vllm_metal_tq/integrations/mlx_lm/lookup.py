@@ -48,13 +48,18 @@ class Seen:
         return []
 
 
-def check_trimmable(prompt_cache: PromptCache) -> None:
+def check_trimmable(prompt_cache: PromptCache, few: bool = False) -> None:
     """Check that a prompt cache can give back any of its last tokens, now and later.
+
+    Args:
+        prompt_cache: any caches.
+        few: whether the last ``MAX_DRAFT`` tokens are enough, which a ``TurboQuantKVCache`` with a
+            window can give back. mlx_lm's own speculation asks for any.
 
     Raises:
         ValueError: it cannot; the message names the caches.
     """
-    unfit = {type(cache).__name__ for cache in prompt_cache if not _gives_back(cache)}
+    unfit = {type(cache).__name__ for cache in prompt_cache if not _gives_back(cache, few)}
     if unfit:
         raise ValueError(
             "speculative decoding gives back tokens that the model refuses, which "
@@ -62,9 +67,9 @@ def check_trimmable(prompt_cache: PromptCache) -> None:
         )
 
 
-def _gives_back(cache: object) -> bool:
+def _gives_back(cache: object, few: bool) -> bool:
     if isinstance(cache, TurboQuantKVCache):
-        return cache.sequences.max_kv_size is None
+        return cache.sequences.max_kv_size is None and (few or not cache.sequences.window)
     return isinstance(cache, (host.KVCache, host.QuantizedKVCache))
 
 
@@ -100,7 +105,7 @@ def lookup_generate_step(
     """
     if not 1 <= num_draft_tokens <= MAX_DRAFT:
         raise ValueError(f"{num_draft_tokens} draft tokens: 1 to {MAX_DRAFT} can be verified")
-    check_trimmable(prompt_cache)
+    check_trimmable(prompt_cache, few=True)
     sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
     tokens, seen, done = _integers(prompt), Seen(), 0
     for token in tokens:
@@ -129,7 +134,8 @@ def lookup_generate_step(
                 seen.add(last)
                 yield last, logprobs[handed], handed < accepted
         finally:
-            host.trim_prompt_cache(prompt_cache, len(draft) - handed)
+            for cache in prompt_cache:
+                cache.trim(len(draft) - handed)
         done += accepted + 1
 
 

@@ -26,7 +26,7 @@ from ...calibration import named_weights
 from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
-from .probe import plain_attention
+from .probe import plain_attention, windows
 
 _FORMAT = "vllm-metal-tq prompt cache"
 _VERSION = "1"
@@ -159,7 +159,10 @@ def load_prompt_cache(
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{_name(file)} contradicts itself: {error}; {_ANEW}") from error
     if not _of_model(prompt_cache, model):
-        raise ValueError(f"{_name(file)} was made by another model; {_ANEW}")
+        raise ValueError(
+            f"{_name(file)} was made by another model, or by a release that compressed other "
+            f"layers; {_ANEW}"
+        )
     if header["calibration"] != _calibration_fingerprint(prompt_cache):
         raise ValueError(f"{_name(file)} contradicts itself: other centres; {_ANEW}")
     return (prompt_cache, metadata) if return_metadata else prompt_cache
@@ -208,12 +211,14 @@ def _calibration_fingerprint(prompt_cache: PromptCache) -> str:
 
 
 def _of_model(prompt_cache: PromptCache, model: nn.Module) -> bool:
-    """Whether exactly those layers are compressed that can be, with vectors of the right size."""
+    """Whether exactly those layers are compressed that can be, as they would be for the model."""
     shapes = plain_attention(model)
     ours = [isinstance(cache, TurboQuantKVCache) for cache in prompt_cache]
     return ours == [shape is not None for shape in shapes] and all(
-        shape is None or (cache.layout.head_dim, cache.pool.num_kv_heads) == shape
-        for cache, shape in zip(prompt_cache, shapes, strict=True)
+        shape is None
+        or ((cache.layout.head_dim, cache.pool.num_kv_heads), cache.sequences.window)
+        == (shape, window)
+        for cache, shape, window in zip(prompt_cache, shapes, windows(model), strict=True)
     )
 
 

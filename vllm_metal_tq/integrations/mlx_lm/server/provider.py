@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.server import ModelProvider
 
+from .. import hook, lookup
 from ..pools import CachePools
 
 
@@ -64,6 +65,8 @@ class Provider(ModelProvider):
         self.pools = self._make_pools(self.model, self.tokenizer)
         self.pools.attach()
         caches = self.pools.make_prompt_cache()
+        if self.draft_model is not None:
+            lookup.check_trimmable(caches + hook.host_caches(self.draft_model))
         self.is_batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
 
     @property
