@@ -2,7 +2,7 @@ import argparse
 import json
 
 import pytest
-from models import llama
+from models import build
 
 from vllm_metal_tq import make_prompt_cache, save_prompt_cache
 from vllm_metal_tq.cli import common, main, prompts
@@ -63,12 +63,16 @@ def test_text_is_streamed_and_a_table_follows(capsys):
 
 def test_the_table_says_why_layers_are_not_compressed(capsys, demo, monkeypatch):
     _, tokenizer = demo
-    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-    model = llama(num_hidden_layers=2, vocab_size=tokenizer.vocab_size, **windows)
+    convolutions = {
+        **{"layer_types": ["conv", "full_attention"], "norm_eps": 1e-5, "conv_bias": False},
+        **{"conv_L_cache": 3, "block_dim": 64, "block_multiple_of": 32, "block_ff_dim": 96},
+        **{"block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False},
+    }
+    model = build("lfm2", num_hidden_layers=2, vocab_size=tokenizer.vocab_size, **convolutions)
     monkeypatch.setattr(common, "load_model", lambda name: (model, tokenizer))
     _, out, _ = generate(capsys, "-p", "Say hello.", "-m", "2", "--no-calibrate")
     assert "1 of 2" in out
-    assert "1: sliding window" in out
+    assert "1: a state, no keys" in out
 
 
 def test_a_seed_makes_sampling_repeatable(capsys):

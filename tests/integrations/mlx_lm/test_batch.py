@@ -19,9 +19,19 @@ ROUNDING = 5e-4  # of logits: a GPU splits the work of several sequences otherwi
 PROMPTS = [tokens(n, seed=n)[0].tolist() for n in (5, 40, 17, 90, 33, 64, 1, 150)]
 
 
+KINDS = {
+    "full": {},
+    "windows": {
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
+}
+every_kind = pytest.mark.parametrize("model", KINDS, indirect=True)
+
+
 @pytest.fixture(scope="module")
-def model():
-    return llama()
+def model(request):
+    return llama(**KINDS[getattr(request, "param", "full")])
 
 
 @pytest.fixture
@@ -55,6 +65,7 @@ def batched(generator, wanted):
     return found
 
 
+@every_kind
 def test_eight_prompts_that_join_and_leave_are_what_they_are_alone(model, pools):
     lengths = [20, 3, 12, 30, 7, 25, 16, 9]
     generator = BatchGenerator(model, completion_batch_size=5, prefill_batch_size=2)
@@ -103,6 +114,7 @@ def test_merging_copies_no_page_and_leaves_the_caches_as_they_are(model, pools):
     assert pools.used_blocks == used + 2  # the last blocks were shared, now each has its own
 
 
+@every_kind
 @pytest.mark.parametrize("count", [1, 5, 20])
 def test_right_padding_is_not_stored_nor_seen(model, pools, count):
     _, batch = merged(model, pools, (40, 70, 3))
@@ -113,7 +125,7 @@ def test_right_padding_is_not_stored_nor_seen(model, pools, count):
     out = model(chunk, cache=batch)
     for cache in batch:
         cache.finalize()
-    assert batch[0].sequences.lengths == [40 + lengths[0], 70 + lengths[1], 3 + lengths[2]]
+    assert batch[-1].sequences.lengths == [40 + lengths[0], 70 + lengths[1], 3 + lengths[2]]
     after = model(tokens(1, seed=9, batch=3), cache=batch)
     for i, (length, own) in enumerate(zip((40, 70, 3), lengths, strict=True)):
         cache = make_prompt_cache(model, TurboQuantConfig(4, 4))
@@ -124,6 +136,7 @@ def test_right_padding_is_not_stored_nor_seen(model, pools, count):
         assert mx.abs(after[i] - expected[0]).max().item() < ROUNDING
 
 
+@every_kind
 def test_left_padding_is_not_stored_nor_seen(model, pools):
     padding, chunk = [0, 13, 29], tokens(30, seed=3, batch=3)
     caches = [pools.make_prompt_cache() for _ in padding]
@@ -140,6 +153,7 @@ def test_left_padding_is_not_stored_nor_seen(model, pools):
         assert mx.abs(out[i, left:] - expected[0]).max().item() < ROUNDING
 
 
+@every_kind
 def test_extracted_sequences_go_on_alone(model, pools):
     caches, batch = merged(model, pools, (40, 70))
     step = tokens(1, seed=5, batch=2)

@@ -6,7 +6,8 @@ import mlx_lm.models.llama as llama_module
 from models import build, llama, tokens
 
 from vllm_metal_tq import TurboQuantKVCache, make_prompt_cache
-from vllm_metal_tq.integrations.mlx_lm import report
+from vllm_metal_tq.integrations.mlx_lm import hook, report
+from vllm_metal_tq.integrations.mlx_lm.probe import WINDOW, attention, windows
 
 
 def run(model, compressed, layers):
@@ -21,11 +22,25 @@ def run(model, compressed, layers):
     return cache
 
 
-def test_sliding_window_layers_keep_their_cache():
+def test_layers_with_a_sliding_window_get_caches_that_know_it():
     pattern = ["sliding_attention", "full_attention"] * 2
     model = build("llama", head_dim=64, num_hidden_layers=4, layer_types=pattern, sliding_window=8)
-    cache = run(model, 2, 4)
-    assert [type(c).__name__ for c in cache] == ["RotatingKVCache", "TurboQuantKVCache"] * 2
+    cache = run(model, 4, 4)
+    assert [c.sequences.window for c in cache] == windows(model) == [8, 0, 8, 0]
+
+
+def test_a_window_beside_first_tokens_keeps_its_cache():
+    model = Sinks(llama().args)
+    hook.install(model)
+    assert attention(model) == [WINDOW] * 3
+    assert windows(model) == [0] * 3
+
+
+class Sinks(llama_module.Model):
+    """A model whose windows keep their first tokens."""
+
+    def make_cache(self):
+        return [host.RotatingKVCache(max_size=8, keep=4) for _ in self.layers]
 
 
 def test_attention_sinks_reach_our_attention():
@@ -44,7 +59,7 @@ def test_attention_sinks_reach_our_attention():
     chunks = [tokens(20), tokens(1)]
     dense = host.make_prompt_cache(model)
     exact = [model(c, cache=dense) for c in chunks][1]
-    cache = run(model, 1, 2)
+    cache = run(model, 2, 2)
     cache = make_prompt_cache(model)
     ours = [model(c, cache=cache) for c in chunks][1]
     for layer in model.layers:
@@ -136,9 +151,9 @@ def test_a_layer_whose_keys_another_reads_keeps_its_cache():
         return build("gemma4_text", num_hidden_layers=6, **sizes, **few, **kinds)
 
     def caches(model, compressed):
-        names = {True: "TurboQuantKVCache", False: "KVCache"}
-        full = run(model, sum(compressed), len(compressed) * 2)[1::2]
-        assert [type(cache).__name__ for cache in full] == [names[c] for c in compressed]
+        cache = run(model, 2 * sum(compressed), len(compressed) * 2)
+        ours = [isinstance(c, TurboQuantKVCache) for c in cache]
+        assert ours[0::2] == ours[1::2] == compressed
 
     caches(gemma(0), [True, True, True])
     caches(gemma(2), [True, False])

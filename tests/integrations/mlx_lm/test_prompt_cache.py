@@ -1,7 +1,8 @@
 import mlx.core as mx
 import mlx_lm.models.cache as host
 import pytest
-from models import PROMPT, greedy, llama, tokens
+from kinds import KINDS
+from models import PROMPT, build, greedy, llama, tokens
 
 from vllm_metal_tq import TurboQuantConfig, TurboQuantKVCache, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm import calibrate, report
@@ -40,8 +41,8 @@ def test_layers_may_have_widths_of_their_own(model):
 
 
 def test_layers_that_are_not_compressed_count_as_they_are():
-    pattern = ["sliding_attention", "full_attention"] * 2
-    model = llama(num_hidden_layers=4, layer_types=pattern, sliding_window=8)
+    kind = next(kind for kind in KINDS if kind.model_type == "lfm2")
+    model = build(kind.model_type, **kind.fields)
     cache = make_prompt_cache(model)
     model(tokens(20), cache=cache)
     held = report(cache)
@@ -68,8 +69,8 @@ class TestState:
     @pytest.mark.parametrize(
         ("place", "number"),
         [
-            *((0, 1), (1, 7), (3, 24), (4, 72), (5, 3), (8, 41), (8, -1)),
-            *((9, 33), (9, 0), (10, 1), (10, 2), (-1, 99)),
+            *((0, 1), (1, 7), (3, 24), (4, 72), (5, 3), (7, -1), (8, 41), (9, 41), (9, -1)),
+            *((10, 33), (10, 0), (11, 1), (11, 2), (-1, 99)),
         ],
     )
     def test_a_header_that_contradicts_its_pages_is_refused(self, cache, place, number):
@@ -77,6 +78,21 @@ class TestState:
         header[place] = number
         with pytest.raises(ValueError, match=r"unknown|do not fit"):
             TurboQuantKVCache.from_state((pages, header, *rest))
+
+    def test_a_window_that_lacks_tokens_is_refused(self, cache):
+        pages, header, *rest = cache.state
+        header[7], header[8] = PROMPT + 1, PROMPT + 16  # of which PROMPT are there
+        TurboQuantKVCache.from_state((pages, header, *rest))
+        header[7] += 1
+        with pytest.raises(ValueError, match="do not fit"):
+            TurboQuantKVCache.from_state((pages, header, *rest))
+
+    def test_the_version_before_windows_can_be_read(self, cache):
+        pages, header, *rest = cache.state
+        numbers = header.tolist()
+        earlier = mx.array([3, *numbers[1:7], *numbers[8:]], mx.int32)
+        again = TurboQuantKVCache.from_state((pages, earlier, *rest))
+        assert mx.array_equal(again.state[1], header)
 
     def test_a_centre_that_cannot_be_is_refused(self, model):
         cache = make_prompt_cache(model, calibration=calibrate(model, tokens(100)[0].tolist()))
@@ -91,5 +107,5 @@ class TestState:
         pages, header, *rest = cache.state
         assert rest == []
         assert mx.array_equal(pages, before[0])
-        assert mx.array_equal(header[:9], before[1][:9])
+        assert mx.array_equal(header[:10], before[1][:10])
         assert TurboQuantKVCache.from_state((pages, header)).size() == cache.size()

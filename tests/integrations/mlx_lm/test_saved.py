@@ -207,13 +207,16 @@ class TestReloadedEqualsNeverSaved:
         assert greedy(model, loaded) == greedy(model, cache)
 
     @pytest.mark.parametrize("count", [0, 90])
-    def test_with_a_limit_and_caches_of_mlx_lms_own(self, tmp_path, count):
+    def test_with_a_limit_and_windows(self, tmp_path, count):
         model = sliding()
         cache = make_prompt_cache(model, max_kv_size=48)
         if count:
             model(tokens(count), cache=cache)
+            model(tokens(1), cache=cache)
+            assert [c.size() for c in cache] == [27, 43, 27, 43]
         loaded = saved_and_loaded(model, cache, tmp_path)
         assert_same(loaded, cache)
+        assert [c.sequences.window for c in loaded] == [8, 0, 8, 0]
         assert greedy(model, loaded) == greedy(model, cache)
 
     def test_with_an_empty_array_in_the_state(self, tmp_path):
@@ -401,11 +404,34 @@ class TestWhatIsRefused:
             load_prompt_cache(file, model)
 
     def test_caches_of_another_mlx_lm(self, tmp_path):
-        model, file = sliding(), tmp_path / "prompt.safetensors"
+        model, file = hybrid(), tmp_path / "prompt.safetensors"
         save_prompt_cache(file, make_prompt_cache(model), model)
         load_prompt_cache(file, model)
         edited(file, lambda header: header.update(mlx_lm="0.30"))
-        with pytest.raises(ValueError, match=r"holds RotatingKVCache of mlx_lm 0.30, which 0"):
+        with pytest.raises(ValueError, match=r"holds ArraysCache of mlx_lm 0.30, which 0"):
+            load_prompt_cache(file, model)
+
+    def test_windows_that_an_earlier_release_left_uncompressed(self, tmp_path, monkeypatch):
+        model, file = sliding(), tmp_path / "prompt.safetensors"
+        ours, theirs = make_prompt_cache(model), host.make_prompt_cache(model)
+        cache = [a if a.sequences.window == 0 else b for a, b in zip(ours, theirs, strict=True)]
+        monkeypatch.setattr(saved, "_of_model", lambda *_: True)
+        save_prompt_cache(file, cache, model)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=r"by a release that compressed other layers; make it"):
+            load_prompt_cache(file, model)
+
+    def test_windows_of_another_length(self, tmp_path, monkeypatch):
+        model, file = sliding(), tmp_path / "prompt.safetensors"
+        cache = make_prompt_cache(model)
+        model(tokens(20), cache=cache)
+        cache[0].sequences.window = 9
+        with pytest.raises(ValueError, match="the cache was made for another model"):
+            save_prompt_cache(file, cache, model)
+        monkeypatch.setattr(saved, "_of_model", lambda *_: True)
+        save_prompt_cache(file, cache, model)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="was made by another model"):
             load_prompt_cache(file, model)
 
     def test_but_not_our_own_cache_under_another_mlx_lm(self, model, file):

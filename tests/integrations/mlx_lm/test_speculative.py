@@ -150,6 +150,19 @@ def test_lookup_on_a_text_that_repeats_itself(model, count):
     assert cache[0].size() == len(prompt) + count - 1
 
 
+def test_lookup_with_windows_that_wrap():
+    pattern = ["sliding_attention", "full_attention"]
+    model = llama(num_hidden_layers=2, layer_types=pattern, sliding_window=40)
+    prompt = (tokens(11)[0].tolist() * 8)[:80]
+    cache = make_prompt_cache(model, EIGHT)
+    steps = list(lookup_generate_step(mx.array(prompt), model, cache, max_tokens=60))
+    assert sum(drafted for _, _, drafted in steps) > 5
+    exact = plain_logprobs(model, prompt, [t for t, _, _ in steps])
+    assert mx.abs(mx.stack([x for _, x, _ in steps]) - exact).max().item() < BOUND
+    assert cache[1].size() == cache[0].offset == 80 + 60 - 1
+    assert cache[0].size() < 40 + 8 + 16 + MAX_DRAFT
+
+
 def test_lookup_processes_the_prompt_in_the_chunks_of_mlx_lm(model):
     prompt, seen = tokens(50)[0].tolist(), []
     options = {"prefill_step_size": 16, "max_tokens": 5}
@@ -225,8 +238,13 @@ class TestWhatIsRefused:
     def test_layers_with_a_sliding_window(self):
         pattern = ["sliding_attention", "full_attention"]
         model = llama(num_hidden_layers=2, layer_types=pattern, sliding_window=8)
-        with pytest.raises(ValueError, match="which RotatingKVCache cannot do"):
-            lookup.check_trimmable(make_prompt_cache(model))
+        lookup.check_trimmable(make_prompt_cache(model), few=True)
+        for cache, kind in (
+            (make_prompt_cache(model), "TurboQuantKVCache"),
+            (host.make_prompt_cache(model), "RotatingKVCache"),
+        ):
+            with pytest.raises(ValueError, match=f"which {kind} cannot do"):
+                lookup.check_trimmable(cache)
 
     def test_but_not_dense_caches(self, model):
         lookup.check_trimmable(host.make_prompt_cache(build("llama", head_dim=64)))

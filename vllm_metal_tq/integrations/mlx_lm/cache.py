@@ -306,6 +306,7 @@ class TurboQuantKVCache(host._BaseCache):
             and len(set(blocks)) == len(blocks) == -(-count // block_size)
             and all(0 <= block < pages.shape[0] for block in blocks)
             and (count == offset or ((max_kv_size or window) and 0 <= count < offset))
+            and window >= 0
             and count >= min(window - 1, offset)
             and 0 <= tail_length <= min(count, TAIL)
             and centred in (0, 1)
