@@ -12,6 +12,11 @@ from .pages import BlockTable, PagePool, blocks_needed
 from .tail import FEW, Tail
 
 
+def most_tokens(window: int, block_size: int, chunk: int = 1) -> int:
+    """The most tokens that a sequence with a window holds after a chunk of so many."""
+    return window - 1 + FEW + block_size - 1 + chunk
+
+
 class Sequences:
     """B sequences of a layer. A chunk of new tokens is stored, then attended from.
 
@@ -27,8 +32,7 @@ class Sequences:
         max_kv_size: when more tokens of a sequence are stored, its oldest blocks but the first
             are dropped before the next chunk. None: no limit.
         window: how many tokens a query sees, itself included; 0 is all. Blocks behind the window
-            are dropped before the next chunk, so that a sequence never holds more than
-            ``window + FEW + block_size`` tokens and a chunk.
+            are dropped before the next chunk: see ``most_tokens``.
 
     Attributes:
         tables: the block table of each sequence.

@@ -1,5 +1,7 @@
 """What the planner reads of a config is what mlx_lm makes of it."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
@@ -117,17 +119,22 @@ def test_model_types_of_which_none_is_shipped(module, config):
 TOKENS = 300
 
 
-@pytest.fixture
-def tiny():
+def tiny_with(**more):
     """A small model, and the planner's view of it."""
     config = {
         **{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 64},
         **{"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
         **{"head_dim": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
-    }
+        **{"sliding_window": 64},
+    } | more
     theirs = llama.Model(llama.ModelArgs.from_dict(config))
     theirs.set_dtype(mx.bfloat16)
     return models.read("tiny", config), theirs
+
+
+@pytest.fixture
+def tiny():
+    return tiny_with()
 
 
 def filled(caches):
@@ -160,3 +167,18 @@ def test_pages_within_a_budget_take_the_planned_bytes_to_the_block(tiny):
     caches = pools.make_prompt_cache()
     assert filled(caches) == planned.nbytes(TOKENS)
     assert (pools.max_blocks, pools.nbytes) == (blocks, budget)
+
+
+def test_windows_take_the_planned_bytes_at_most():
+    ours, theirs = tiny_with(layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    caches = CachePools(theirs, TQ4.config).make_prompt_cache()
+    filled(caches)
+    most = 0
+    for _ in range(40):
+        step = mx.random.normal((1, 2, 1, 64)).astype(mx.bfloat16)
+        for cache in caches:
+            cache.update_and_fetch(step, step)
+        most = max(most, sum(cache.nbytes for cache in caches[:2]))
+    windows = replace(ours, layers=ours.layers[:2])
+    assert MlxCache(windows, TQ4).nbytes(10) < MlxCache(windows, TQ4).nbytes(TOKENS) == most
+    assert MlxCache(windows, TQ4).nbytes(TOKENS) == MlxCache(windows, TQ4).nbytes(1 << 20)

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from ..config import TurboQuantConfig
 from ..layout import PageLayout
+from ..sequences import most_tokens
 from ..tail import TAIL
 from .layers import Layer, Model
 
@@ -98,7 +99,8 @@ class MlxCache(Cache):
     """mlx_lm's caches, ours in the place of those that can be compressed.
 
     Ours are allocated by the block within ``serve --kv-budget``; without a budget they grow by an
-    eighth at a time.
+    eighth at a time. Windows, of either kind, hold a prompt's last chunk as well until the next
+    token comes, which is not counted.
 
     Raises:
         Unsupported: mlx_lm has no quantised cache for this model.
@@ -118,8 +120,8 @@ class MlxCache(Cache):
                 raise Unsupported(f"mlx_lm quantises no head_dim of {layer.key_dim}")
 
     def compresses(self, layer: Layer) -> bool:
-        """Whether this layer's cache is ours: no window, and no other layer reads it."""
-        return super().compresses(layer) and not layer.window and not layer.shared
+        """Whether this layer's cache is ours: no other layer reads it."""
+        return super().compresses(layer) and not layer.shared
 
     @cached_property
     def token_bytes(self) -> int:
@@ -134,6 +136,8 @@ class MlxCache(Cache):
     def _nbytes(self, layer: Layer, tokens: int) -> int:
         if self.compresses(layer):
             tail = self.scheme.tail_bytes(layer) if tokens else 0
+            if layer.window:
+                tokens = min(tokens, most_tokens(layer.window, BLOCK))
             return _rounded(tokens, BLOCK) * self.layer_bytes(layer) + tail
         kept = _rounded(tokens, MLX_STEP)
         if layer.window:

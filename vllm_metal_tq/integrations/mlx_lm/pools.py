@@ -34,11 +34,11 @@ class CachePools:
             oldest blocks but the first are dropped. A layer with a window keeps that.
         calibration: what ``calibrate`` measured or ``calibration.load`` read. None: the bias of
             k_proj serves where a layer has one.
-        max_bytes: the most that the pages of all layers may take. None: no limit. What would need
-            more raises ``OutOfBlocks``, in the first compressed layer, before any such has
-            stored anything; layers that are not compressed may have, and then their prompt
-            cache is of no more use. The last tokens as they came, ``TAIL`` of each sequence, are
-            not counted.
+        max_bytes: the most that the pages of all layers without a window may take. None: no
+            limit. What would need more raises ``OutOfBlocks``, in the first such layer, before
+            any has stored anything; layers with a window, or not compressed, may have, and then
+            their prompt cache is of no more use. Not counted is what does not grow with a
+            sequence: windows, and the last tokens as they came, ``TAIL`` of each sequence.
 
     Raises:
         ValueError: a head_dim cannot be rotated, ``max_kv_size`` is below two blocks,
@@ -76,23 +76,32 @@ class CachePools:
                 self._caches[layer] = TurboQuantKVCache(
                     pool, centre=centre, max_kv_size=max_kv_size, window=window
                 )
-        for pool in self.pools:
+        for pool in self._growing:
             pool.max_blocks = self.max_blocks
 
     @property
     def pools(self) -> list[PagePool]:
         """The pools of the compressed layers, in order."""
-        return [cache.pool for cache in self._caches if isinstance(cache, TurboQuantKVCache)]
+        return [cache.pool for cache in self._ours]
+
+    @property
+    def _ours(self) -> list[TurboQuantKVCache]:
+        return [cache for cache in self._caches if isinstance(cache, TurboQuantKVCache)]
+
+    @property
+    def _growing(self) -> list[PagePool]:
+        """The pools of layers without a window, which all hold as many blocks."""
+        return [cache.pool for cache in self._ours if not cache.sequences.window]
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers together."""
-        return sum(pool.block_bytes for pool in self.pools)
+        """Bytes of one block in all layers without a window together."""
+        return sum(pool.block_bytes for pool in self._growing)
 
     @property
     def max_blocks(self) -> int | None:
-        """The most blocks that a layer may have, or None."""
-        if self.max_bytes is None or not self.pools:
+        """The most blocks that a layer without a window may have, or None."""
+        if self.max_bytes is None or not self._growing:
             return None
         if self.max_bytes < self.block_bytes:
             raise ValueError(
@@ -103,13 +112,13 @@ class CachePools:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks allocated in each layer, in use or free."""
-        return max((pool.num_blocks for pool in self.pools), default=0)
+        """Blocks allocated in each layer without a window, in use or free."""
+        return max((pool.num_blocks for pool in self._growing), default=0)
 
     @property
     def used_blocks(self) -> int:
-        """Blocks of a layer that sequences hold; one that several hold counts once."""
-        return max((pool.num_used for pool in self.pools), default=0)
+        """Blocks of a layer without a window that sequences hold; shared ones count once."""
+        return max((pool.num_used for pool in self._growing), default=0)
 
     @property
     def nbytes(self) -> int:
