@@ -7,16 +7,15 @@ from typing import Any
 
 from vllm_metal_tq.integrations.mlx_lm.probe import (
     CHUNKS,
+    INDEX,
+    INSIDE,
     LATENT,
-    OWN,
-    SEVERAL,
-    SHARED,
-    SIZES,
     STATE,
     WINDOW,
+    Reader,
 )
 
-COMPRESSED = "compressed"
+COMPRESSED, SHARED, FETCHED = OURS = [reader.value for reader in Reader]
 
 HEADS = {"head_dim": 64}
 # All experts are taken: which are would hang on rounding.
@@ -77,6 +76,11 @@ class Kind:
 
     def __str__(self) -> str:
         return self.name or self.model_type
+
+    @property
+    def compressed(self) -> list[bool]:
+        """Which of the caches are."""
+        return [cache in OURS for cache in self.caches]
 
 
 def alternating(first: str, second: str, pairs: int = 1) -> list[str]:
@@ -172,7 +176,7 @@ KINDS = [
         | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.25}},
     ),
     Kind("gemma", "one KV head", full(), HEADS | {"num_key_value_heads": 1}),
-    Kind("gemma2", "soft-capped logits", [OWN] * 3, HEADS),
+    Kind("gemma2", "soft-capped logits", [FETCHED] * 3, HEADS),
     Kind(
         "gemma3_text",
         "norms of queries and keys, full attention beside sliding windows",
@@ -266,17 +270,17 @@ KINDS = [
         {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
     ),
     Kind("deepseek_v3", "latents that are read as they are", [LATENT] * 3, LATENTS),
-    Kind("deepseek_v2", "latents that are expanded before the cache", [SIZES] * 3, EXPANDED),
+    Kind("deepseek_v2", "latents that are expanded before the cache", full(), EXPANDED),
     Kind(
         "deepseek_v32",
         "latents of which an index chooses",
-        [SEVERAL] * 3,
+        [f"{LATENT}, {INDEX}"] * 3,
         LATENTS | {"q_lora_rank": 32, "index_head_dim": 32, "index_n_heads": 2, "index_topk": 256},
     ),
     Kind(
         "mimo_v2_flash",
         "values smaller than keys, beside sliding windows",
-        alternating(WINDOW, SIZES),
+        alternating(WINDOW, COMPRESSED),
         {"num_hidden_layers": 2, "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 0]}
         | {"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False}
         | {"sliding_window_size": 16, "moe_intermediate_size": 32, "num_experts_per_tok": 1}
@@ -323,7 +327,7 @@ KINDS = [
     Kind(
         "falcon_h1",
         "attention and state space in one layer",
-        [SEVERAL] * 3,
+        full(),
         HEADS | {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2, "mamba_d_state": 16},
     ),
     Kind(

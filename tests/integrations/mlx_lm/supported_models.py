@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from kinds import COMPRESSED, KINDS, Kind
+from kinds import KINDS, Kind
 
 PAGE = Path(__file__).parents[3] / "docs" / "supported_models.md"
 START, END = (
@@ -20,10 +20,10 @@ def written(page: str) -> str:
 
 
 def row(kind: Kind) -> str:
-    others = Counter(cache for cache in kind.caches if cache != COMPRESSED)
+    others = Counter(x for x, ours in zip(kind.caches, kind.compressed, strict=True) if not ours)
     kept = ", ".join(f"{count}: {why}" for why, count in others.items())
     name = str(kind).replace(kind.model_type, f"`{kind.model_type}`", 1)
-    count = f"{kind.caches.count(COMPRESSED)} of {len(kind.caches)}"
+    count = f"{sum(kind.compressed)} of {len(kind.caches)}"
     return f"| {name} | {kind.what} | {count} | {kept} |\n"
 
 

@@ -11,11 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host
 import pytest
-from kinds import COMPRESSED, KINDS, Kind
+from kinds import KINDS, Kind
 from models import build, tokens
 from supported_models import PAGE, written
 
-from vllm_metal_tq import TurboQuantConfig, TurboQuantKVCache, make_prompt_cache
+from vllm_metal_tq import TurboQuantConfig, make_prompt_cache
+from vllm_metal_tq.integrations.mlx_lm.parts import all_compressed, compressed
 from vllm_metal_tq.integrations.mlx_lm.probe import attention
 
 BOUND = 0.1  # spreads
@@ -90,7 +91,7 @@ def moved(case, logits):
 
 every_kind = pytest.mark.parametrize("case", KINDS, ids=str, indirect=True)
 compressed_kinds = pytest.mark.parametrize(
-    "case", [kind for kind in KINDS if COMPRESSED in kind.caches], ids=str, indirect=True
+    "case", [kind for kind in KINDS if any(kind.compressed)], ids=str, indirect=True
 )
 
 
@@ -98,15 +99,15 @@ compressed_kinds = pytest.mark.parametrize(
 def test_the_caches_that_are_compressed_and_why_others_are_not(case):
     cache = make_prompt_cache(case.model, TQ8)
     found = attention(case.model)
-    assert [why if isinstance(why, str) else COMPRESSED for why in found] == case.kind.caches
-    ours = [isinstance(c, TurboQuantKVCache) for c in cache]
-    assert ours == [why == COMPRESSED for why in case.kind.caches]
+    assert [x if isinstance(x, str) else x.reader.value for x in found] == case.kind.caches
+    ours = [compressed(c) is not None for c in cache]
+    assert ours == case.kind.compressed
 
 
 @every_kind
 def test_logits_and_choices_are_those_of_the_uncompressed_cache(case):
     logits, _ = decode(case.model, make_prompt_cache(case.model, TQ8), case.chosen)
-    bound = BOUND if COMPRESSED in case.kind.caches else 0.0
+    bound = BOUND if any(case.kind.compressed) else 0.0
     assert moved(case, logits).max().item() <= bound
     best = mx.sort(case.logits, axis=1)[:, -2:]
     clear = (best[:, 1] - best[:, 0]) / case.spread[:, 0] > bound
@@ -119,9 +120,8 @@ def test_logits_and_choices_are_those_of_the_uncompressed_cache(case):
 def test_a_block_that_is_lost_would_show(case):
     cache = make_prompt_cache(case.model, TQ8)
     logits = prefill(case.model, cache)
-    for ours in cache:
-        if isinstance(ours, TurboQuantKVCache):
-            ours.pool.pages[ours.sequences.tables[0].blocks[1]] = 0
+    for ours in all_compressed(cache):
+        ours.pool.pages[ours.sequences.tables[0].blocks[1]] = 0
     logits, _ = steps(case.model, cache, logits, case.chosen)
     assert moved(case, logits).max().item() > BOUND
 

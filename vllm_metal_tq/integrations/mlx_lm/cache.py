@@ -19,7 +19,7 @@ from ...pages import PagePool
 from ...sequences import Sequences
 from ...tail import TAIL
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class TurboQuantKVCache(host._BaseCache):
@@ -79,7 +79,7 @@ class TurboQuantKVCache(host._BaseCache):
 
         Args:
             keys: ``(B, num_kv_heads, L, head_dim)``.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
 
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
@@ -106,13 +106,13 @@ class TurboQuantKVCache(host._BaseCache):
         Args:
             queries: ``(B, num_heads, L, head_dim)``.
             keys: ``(B, num_kv_heads, L, head_dim)``, as the model made them.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
             scale: factor of the logits.
             mask: what ``make_mask`` made for this chunk.
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
 
         Returns:
-            ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
+            ``(B, num_heads, L, v_head_dim)`` in the queries' dtype, zeros for padding.
         """
         return self.sequences.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
@@ -225,6 +225,7 @@ class TurboQuantKVCache(host._BaseCache):
             some.lengths[0],
             some.tail.lengths[0],
             int(some.centre is not None),
+            self.layout.v_head_dim,
         ]
         # An empty array cannot be saved, so an empty pool passes for one free block.
         if not self.pool.num_blocks:
@@ -249,10 +250,9 @@ class TurboQuantKVCache(host._BaseCache):
         if version != STATE_VERSION:
             raise ValueError(f"state version {version} is unknown: {STATE_VERSION} can be read")
         k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, offset, count = numbers[:8]
-        tail_length, centred, *blocks = numbers[8:]
-        pool = PagePool(
-            PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim), num_kv_heads
-        )
+        tail_length, centred, v_head_dim, *blocks = numbers[8:]
+        config = TurboQuantConfig(k_bits, v_bits, block_size)
+        pool = PagePool(PageLayout(config, head_dim, v_head_dim), num_kv_heads)
         cache = cls(pool, max_kv_size=max_kv_size or None)
         tail = rest[: 2 if tail_length else 0]
         fits = (
@@ -328,7 +328,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
 
         Args:
             keys: ``(B, num_kv_heads, L, head_dim)``.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
 
         Raises:
             ValueError: as for ``TurboQuantKVCache``.

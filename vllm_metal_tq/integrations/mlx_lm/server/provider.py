@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.server import ModelProvider
 
+from ..parts import parts
 from ..pools import CachePools
 
 
@@ -63,7 +64,7 @@ class Provider(ModelProvider):
             self.model_key = (model_path, None, None)
         self.pools = self._make_pools(self.model, self.tokenizer)
         self.pools.attach()
-        caches = self.pools.make_prompt_cache()
+        caches = [part for cache in self.pools.make_prompt_cache() for part in parts(cache)]
         self.is_batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
 
     @property
