@@ -118,8 +118,8 @@ class MlxCache(Cache):
                 raise Unsupported(f"mlx_lm quantises no head_dim of {layer.key_dim}")
 
     def compresses(self, layer: Layer) -> bool:
-        """Whether this layer's cache is ours: no window, and no other layer reads it."""
-        return super().compresses(layer) and not layer.window and not layer.shared
+        """Whether this layer's cache is ours: no window."""
+        return super().compresses(layer) and not layer.window
 
     @cached_property
     def token_bytes(self) -> int:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from kinds import DELTA_NET, EXPERTS, FEW_INPUTS, HEADS, LATENTS, LOCAL_EXPERTS, MROPE, MULTIPLIERS
-from kinds import alternating
+from kinds import (
+    DELTA_NET,
+    EXPERTS,
+    FEW_INPUTS,
+    HEADS,
+    LATENTS,
+    LOCAL_EXPERTS,
+    MROPE,
+    MULTIPLIERS,
+    alternating,
+)
 
 LAYERS = {"layer_types": alternating("sliding_attention", "full_attention", 2)}
 WINDOWS = HEADS | LAYERS | {"num_hidden_layers": 4, "sliding_window": 16}

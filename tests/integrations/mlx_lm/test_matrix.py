@@ -12,8 +12,9 @@ import mlx.nn as nn
 import mlx_lm.models.cache as host
 import pytest
 from kinds import KINDS, Kind
-from models import build, tokens
+from models import tokens
 from supported_models import PAGE, written
+from trained import trained
 
 from vllm_metal_tq import TurboQuantConfig, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm.parts import all_compressed, compressed
@@ -22,8 +23,6 @@ from vllm_metal_tq.integrations.mlx_lm.probe import attention
 BOUND = 0.1  # spreads
 CHUNKS = 48, 32  # of the prompt: more than a block and the tail
 STEPS = 32
-UNTRAINED = "conv_k", "conv_v", "lm_head"  # weights that may be zeros at first
-SHARP = 3  # times the scale of logits, where no norms make queries and keys long
 TQ8 = TurboQuantConfig.from_names("tq8")
 
 
@@ -45,31 +44,8 @@ class Case:
 def case(request):
     kind = request.param
     pytest.importorskip(f"mlx_lm.models.{kind.model_type}")  # of a later mlx_lm
-    model = build(kind.model_type, **kind.fields)
-    _train(model)
+    model = trained(kind)
     return Case(kind, model, *decode(model, host.make_prompt_cache(model)))
-
-
-def _train(model):
-    """Attention as sharp as in trained models: at first it hardly tells positions apart."""
-    for _, module in model.named_modules():
-        normed = any(name in module for name in ("q_norm", "q_layernorm", "q_weight"))
-        for name in ("scale", "sm_scale"):
-            scale = getattr(module, name, None)
-            if isinstance(scale, float) and not isinstance(module, nn.RoPE):
-                # Gemma 4 has the weights of a norm in place of a scale.
-                scale = module.head_dim**-0.5 if scale == 1.0 else scale
-                setattr(module, name, scale if normed else SHARP * scale)
-        if "sinks" in module:
-            module.sinks = mx.arange(module.sinks.size) + 2.0
-        for name in UNTRAINED:
-            if isinstance(module.get(name), mx.array):
-                module[name] = mx.random.normal(module[name].shape, key=mx.random.key(0))
-        for name in ("quant_key_scale", "quant_value_scale"):
-            if name in module:  # steps of 1 would round small keys and values to zero
-                module[name] = mx.array(0.01)
-    if hasattr(model, "_dummy_tokenizer_ids"):  # ids of a vocabulary that is larger than ours
-        model._dummy_tokenizer_ids = mx.array([], mx.uint32)
 
 
 def prefill(model, cache):

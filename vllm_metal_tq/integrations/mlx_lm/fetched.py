@@ -141,7 +141,8 @@ class FetchedKVCache(TurboQuantKVCache):
             ValueError: as for ``TurboQuantKVCache``.
             OutOfBlocks: likewise.
         """
-        return self.sequences.restored(*super().update_and_fetch(keys, values))
+        chunk = super().update_and_fetch(keys, values)
+        return self.sequences.restored(*chunk)
 
     def attend(
         self,

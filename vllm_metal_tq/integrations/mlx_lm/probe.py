@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -167,7 +166,7 @@ class _Probe:
                 return LATENT
             if all(mine):
                 whole.append((keys, cache))
-            elif any(mine) or cache is self and not any(x.holds(keys) for x in everything):
+            elif any(mine) or (cache is self and not any(x.holds(keys) for x in everything)):
                 changed = True  # what was made of them
         if changed or not whole:
             return Reader.CODE
@@ -221,8 +220,3 @@ def _of_layer(found: list[Attention | str]) -> Attention | str:
 def plain_attention(model: nn.Module) -> list[Shape | None]:
     """The shape of each of the model's caches, None where it cannot be replaced."""
     return [x.shape if isinstance(x, Attention) else None for x in attention(model)]
-
-
-def kept(model: nn.Module) -> dict[str, int]:
-    """Why caches of a model stay mlx_lm's own, and how many for each reason."""
-    return dict(Counter(found for found in attention(model) if isinstance(found, str)))
