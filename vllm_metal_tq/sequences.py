@@ -343,7 +343,7 @@ class Sequences:
             self._restored(i, keys[i : i + 1], wide[i : i + 1]) for i in range(len(self.tables))
         ]
         all_keys, all_values = (
-            mx.concatenate(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)
+            mx.concatenate(list(x)) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)
         )
         return all_keys, all_values[..., : values.shape[-1]]
 

@@ -102,7 +102,13 @@ ALIKE: dict[str, dict[str, dict[str, Any]]] = {
         },
         "olmoe": {"num_experts": 2, "num_experts_per_tok": 2},
         "phi": {},
-        "phimoe": LOCAL_EXPERTS,
+        "phimoe": LOCAL_EXPERTS
+        | {
+            "rope_scaling": {
+                **{"short_factor": [1.0], "long_factor": [1.0], "short_mscale": 1.0},
+                **{"long_mscale": 1.0, "original_max_position_embeddings": 4096},
+            }
+        },
         "phixtral": LOCAL_EXPERTS
         | {"num_vocab": 97, "model_dim": 64, "num_heads": 4, "num_layers": 3, "rotary_dim": 16},
         "pixtral": text("llama", HEADS),

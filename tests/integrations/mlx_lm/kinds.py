@@ -26,6 +26,7 @@ LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 1024,
 }
+SHARED_BY_METHOD = "0.32"  # before, layers read a cache's state, and it is kept as it is
 NORMED_TWICE = 1024  # in place of 64: what norms of 1 + 1 make of queries and keys
 MROPE = {"type": "mrope", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 DELTA_NET = {
@@ -67,6 +68,7 @@ class Kind:
         caches: what becomes of each of the model's caches.
         fields: of the model's arguments, over small defaults.
         name: where several kinds have the same ``model_type``.
+        since: the mlx_lm from which it is so.
     """
 
     model_type: str
@@ -74,6 +76,7 @@ class Kind:
     caches: list[str]
     fields: dict[str, Any]
     name: str = ""
+    since: str = "0.31"
 
     def __str__(self) -> str:
         return self.name or self.model_type
@@ -123,6 +126,7 @@ KINDS = [
             | {"intermediate_size_mlp": 96, "rope_scaling": None, "use_qk_norm": True}
             | {"floor_scale": 16}
         },
+        since="0.32",  # before, mlx_lm's own cache breaks at the end of a chunk
     ),
     Kind(
         "mistral3",
@@ -196,6 +200,7 @@ KINDS = [
         "full attention whose keys other layers read, beside sliding windows",
         [WINDOW, SHARED],
         {"text_config": HEADS | GEMMA3N | {"num_hidden_layers": 4}},
+        since=SHARED_BY_METHOD,
     ),
     Kind(
         "gemma4_text",
@@ -312,6 +317,7 @@ KINDS = [
         [COMPRESSED, SHARED],
         {"hidden_dim": 256, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4}
         | {"num_kv_heads": 2},
+        since=SHARED_BY_METHOD,
     ),
     Kind(
         "iquestloopcoder",

@@ -1,6 +1,8 @@
 """Caches of layers that share keys, that models read themselves, or that stand beside a state."""
 
 import copy
+from dataclasses import replace
+from importlib.metadata import version
 
 import mlx.core as mx
 import mlx_lm.models.cache as host
@@ -12,8 +14,10 @@ from trained import trained
 
 from vllm_metal_tq import (
     TurboQuantConfig,
+    dispatch,
     load_prompt_cache,
     make_prompt_cache,
+    msl,
     save_prompt_cache,
 )
 from vllm_metal_tq.evaluate import as_decoding
@@ -21,6 +25,8 @@ from vllm_metal_tq.integrations.mlx_lm import CachePools, calibrate, pools, repo
 from vllm_metal_tq.integrations.mlx_lm.fetched import FetchedKVCache, SharedKVCache, owner
 from vllm_metal_tq.integrations.mlx_lm.parts import all_compressed
 from vllm_metal_tq.integrations.mlx_lm.probe import Reader
+from vllm_metal_tq.msl.compiler import why_not_simulate
+from vllm_metal_tq.msl.simulate import simulate
 from vllm_metal_tq.pages import OutOfBlocks
 
 SHARED = "gemma3n", "gemma4_text with shared keys", "afm7"
@@ -28,12 +34,17 @@ FETCHED = "gemma2", "plamo2"
 NARROW = "deepseek_v2", "mimo_v2_flash"
 BESIDE = "falcon_h1", "baichuan_m1"
 EVERY = SHARED + FETCHED + NARROW + BESIDE
+LESS = {"num_hidden_layers": 1}
 TQ4 = TurboQuantConfig(4, 4)
 ROUNDING = 1e-3  # of logits
 
 
 def model_of(name):
-    return trained(NAMED[name])
+    kind = NAMED[name]
+    pytest.importorskip(f"mlx_lm.models.{kind.model_type}")
+    if version("mlx-lm") < kind.since:
+        pytest.skip(f"this mlx_lm has other caches for {name}")
+    return trained(kind)
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +310,31 @@ class TestNarrow:
         cache = make_prompt_cache(model, TQ4)
         model(tokens(256), cache=cache)
         assert report(cache).kv_bytes_bf16 == 3 * 4 * 256 * (48 + 32) * 2
+
+
+@pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))
+@pytest.mark.parametrize("name", ["gemma2", "afm7", "deepseek_v2"])
+def test_kernels_and_the_reference_say_the_same(name, monkeypatch):
+    fewer = {"num_layers": 2, "num_kv_reuse_layers": 1} if name == "afm7" else LESS
+    if version("mlx-lm") < NAMED[name].since:
+        pytest.skip(f"this mlx_lm has other caches for {name}")
+    model = trained(replace(NAMED[name], fields=NAMED[name].fields | fewer))
+    calibration = calibrate(model, tokens(100, seed=1)[0].tolist())
+
+    def logits():
+        cache = make_prompt_cache(model, TurboQuantConfig(8, 6), calibration=calibration)
+        found = [model(tokens(n, seed=n), cache=cache) for n in (60, 1, 2, 15, 1)]
+        return mx.concatenate(found, axis=1)
+
+    expected, launched = logits(), set()
+
+    def execute(launch):
+        launched.add(launch.kernel)
+        return simulate(launch)
+
+    monkeypatch.setattr(dispatch, "executor", lambda layout: execute)
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    error = mx.abs(logits() - expected).max().item()
+    assert error < 5e-3 * mx.abs(expected).max().item()
+    decode = {"gather"} if name == "gemma2" else {"decode_fma", "merge"}
+    assert {"encode"} | decode <= launched

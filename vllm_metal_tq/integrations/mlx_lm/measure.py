@@ -255,4 +255,4 @@ def _stored(model: nn.Module, position: int) -> list[mx.array | None]:
         for cache, probe in zip(host.make_prompt_cache(model), probes, strict=True)
     ]
     model(mx.array([[1], [2], [3]]), cache=caches)
-    return [probe and probe.stored.astype(mx.float32) for probe in probes]
+    return [probe.stored.astype(mx.float32) if probe else None for probe in probes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -72,10 +72,11 @@ class _Step:
     """What one cache gave its model in one step."""
 
     stored: tuple[mx.array, mx.array]
-    handed_out: list[tuple[mx.array, mx.array]] = field(default_factory=list)
+    handed_out: tuple[mx.array, mx.array]
+    again: bool = False  # whether they were asked for once more
 
     def holds(self, array: mx.array) -> bool:
-        return any(array is x for pair in self.handed_out for x in pair)
+        return any(array is x for x in self.handed_out)
 
 
 class _Probe:
@@ -98,14 +99,12 @@ class _Probe:
         return self._inner.make_mask(*args, **options)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.steps.append(_Step((keys, values)))
-        self._inner.update_and_fetch(keys, values)
-        return self.keys_and_values()
+        self.steps.append(_Step((keys, values), self._inner.update_and_fetch(keys, values)))
+        return self.steps[-1].handed_out
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        pair: tuple[mx.array, mx.array] = self._inner.keys_and_values()
-        self.steps[-1].handed_out.append(pair)
-        return pair
+        self.steps[-1].again = True
+        return self.steps[-1].handed_out
 
     def attend(
         self,
@@ -165,12 +164,12 @@ class _Probe:
             if any(mine) and keys is values:
                 return LATENT
             if all(mine):
-                whole.append((keys, cache))
+                whole.append(cache)
             elif any(mine) or (cache is self and not any(x.holds(keys) for x in everything)):
                 changed = True  # what was made of them
         if changed or not whole:
             return Reader.CODE
-        itself = len(whole) == 1 and whole[0][0] is step.handed_out[0][0] and whole[0][1] is self
+        itself = len(whole) == 1 and whole[0] is self and not step.again
         return Reader.ITSELF if itself else Reader.LAYERS
 
 

@@ -277,7 +277,7 @@ def _unpacked(value: object, arrays: dict[str, mx.array]) -> Any:
 def _rebuilt(record: Record, made: PromptCache, layer: int, arrays: dict[str, mx.array]) -> Any:
     """The cache of one layer."""
     if "parts" in record:
-        own = parts(made[layer])
+        own = list(parts(made[layer]))
         several = enumerate(record["parts"])
         return host.CacheList(*(_rebuilt(part, own, i, arrays) for i, part in several))
     state = _unpacked(record["state"], arrays)
