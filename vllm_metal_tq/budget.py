@@ -17,7 +17,8 @@ import mlx_lm.models.cache as host
 from .calibration import Calibration
 from .config import WIDTHS, TurboQuantConfig
 from .evaluate import Method, as_decoding
-from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+from .integrations.mlx_lm import make_prompt_cache
+from .integrations.mlx_lm.parts import compressed
 from .sweep import measure
 from .types import MakeCaches, Progress, PromptCache
 
@@ -55,7 +56,7 @@ def sensitivities(
         return caches
 
     ours = make_prompt_cache(model, calibration=calibration)
-    layers = [i for i, cache in enumerate(ours) if isinstance(cache, TurboQuantKVCache)]
+    layers = [i for i, cache in enumerate(ours) if compressed(cache)]
     methods = [
         Method("", f"{layer}", 0.0, alone(layer, widths))
         for layer in layers

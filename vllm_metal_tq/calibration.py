@@ -166,18 +166,24 @@ class Statistics:
         self._near: mx.array | None = None  # about the keys' mean, else squares would cancel
         self._sums: list[mx.array] = []
 
-    def add(self, queries: mx.array, keys: mx.array, values: mx.array, start: int) -> None:
-        """Count tokens, ``(1, heads, n, head_dim)`` each, after RoPE, from position ``start``."""
-        queries, keys, values = (x[0].astype(mx.float32) for x in (queries, keys, values))
+    def add(self, queries: mx.array | None, keys: mx.array, values: mx.array, start: int) -> None:
+        """Count tokens, ``(1, heads, n, head_dim)`` each, after RoPE, from position ``start``.
+
+        Without queries there is no smoothing.
+        """
+        keys, values = (x[0].astype(mx.float32) for x in (keys, values))
         num_kv_heads, count, head_dim = keys.shape
         positions = mx.arange(start, start + count)
         keys = turn(keys, positions, self._rope.pairs, inverse=True)
         if self._near is None:
             self._near = keys.mean(axis=1, keepdims=True)
         keys = keys - self._near
-        squares = mx.square(queries).reshape(num_kv_heads, -1, head_dim)
         sums = [x.sum(axis=1) for x in (keys, mx.square(keys), values, mx.square(values))]
-        sums.append(squares.mean(axis=1) * count)
+        if queries is None:
+            sums.append(mx.zeros_like(sums[0]))
+        else:
+            asked = mx.square(queries[0].astype(mx.float32))
+            sums.append(asked.reshape(num_kv_heads, -1, head_dim).mean(axis=1) * count)
         self._count += count
         earlier = self._sums or [mx.zeros_like(x) for x in sums]
         self._sums = [a + b for a, b in zip(earlier, sums, strict=True)]
@@ -191,6 +197,8 @@ class Statistics:
         mu = rest + self._near[:, 0]
         pairs = self._rope.pairs
         spread, query_square = np.array(square - mx.square(rest)), np.array(query_square)
+        if not query_square.any():
+            query_square = spread
         t = (_by_pair(query_square, pairs) / _by_pair(spread, pairs)) ** _EXPONENT
         t /= np.exp(np.log(t).mean(axis=1, keepdims=True))
         spread, key_square = np.maximum(spread, 0), spread + np.square(np.array(mu))

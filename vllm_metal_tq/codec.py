@@ -88,6 +88,14 @@ def encode(
     return mx.concatenate(rows, axis=-2)
 
 
+def widened(values: mx.array, layout: PageLayout) -> mx.array:
+    """Values ``(..., v_head_dim)`` with zeros up to ``head_dim``; others as they are."""
+    missing = layout.head_dim - layout.v_head_dim
+    if not missing or values.shape[-1] != layout.v_head_dim:
+        return values
+    return mx.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+
+
 def check_shapes(keys: mx.array, values: mx.array, layout: PageLayout) -> None:
     """Raise a ValueError where keys and values do not fit the layout."""
     if keys.shape != values.shape or keys.shape[-1] != layout.head_dim:

@@ -23,9 +23,11 @@ from .kernels.launch import Executor, integers, on_gpu
 from .kernels.selfcheck import check
 from .layout import PageLayout
 from .pages import BlockTable, PagePool, Slots, places, scatter
+from .rotation import unrotate
 from .tail import Tail
 
 SLICE = 512  # tokens decompressed at a time, in float32; whole blocks
+RESTORED = 4096  # tokens rotated back at a time, in float32
 COMPILED = 1024  # functions kept: with centres each layer has its own
 
 
@@ -344,6 +346,52 @@ def attend(
     return attention.attend(
         queries, keys, values, past, scale=scale, mask=mask, sinks=sinks, centre=centre
     )
+
+
+def restore(
+    keys: mx.array,
+    values: mx.array,
+    pool: PagePool,
+    blocks: list[int],
+    past_length: int,
+    *,
+    centre: Centre | None = None,
+    shift: int = 0,
+) -> tuple[mx.array, mx.array]:
+    """Keys and values of a past in pages as the model made them, but for the codes' error.
+
+    Args:
+        keys: ``(1, num_kv_heads, R, head_dim)`` of the recent tokens, which come after the past.
+        values: the same shape.
+        pool: as for ``attend``, as all that follow.
+        blocks: its blocks, in order.
+        past_length: tokens that are read from pages.
+        centre: what the pages were encoded with, or None.
+        shift: position less index of the past's tokens.
+
+    Returns:
+        ``(1, num_kv_heads, past_length + R, head_dim)`` each in the keys' dtype.
+    """
+    if not past_length:
+        return keys, values
+    layout = pool.layout
+    past = _read(pool, blocks, past_length, 0, keys.dtype, executor(layout), centre, shift)
+    room = [(0, 0), (0, 0), (0, keys.shape[2]), (0, 0)]
+    restored = [mx.pad(x[..., : layout.head_dim], room) for x in past]
+    for start in range(0, past_length, RESTORED):
+        for i, rotated in enumerate(past):
+            part = unrotate(rotated[:, :, start : start + RESTORED], layout.head_dim)
+            if i == 0 and centre:
+                part = part / centre.smoothing[:, None]
+            where = mx.array([start])
+            restored[i] = mx.slice_update(restored[i], part.astype(keys.dtype), where, (2,))
+        mx.eval(restored)  # as in _read
+    where = mx.array([past_length])
+    all_keys, all_values = (
+        mx.slice_update(old, new.astype(old.dtype), where, (2,))
+        for old, new in zip(restored, (keys, values), strict=True)
+    )
+    return all_keys, all_values
 
 
 def _read(

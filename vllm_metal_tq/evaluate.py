@@ -22,7 +22,9 @@ from mlx_lm.models.cache import make_prompt_cache as make_dense_cache
 
 from .calibration import Calibration
 from .config import TurboQuantConfig
-from .integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+from .integrations.mlx_lm import make_prompt_cache
+from .integrations.mlx_lm.fetched import FetchedKVCache
+from .integrations.mlx_lm.parts import all_compressed
 from .tail import TAIL
 from .types import MakeCaches, Progress, PromptCache
 
@@ -113,17 +115,18 @@ def compressed(
 
 def as_decoding(caches: PromptCache, raw_window: int = TAIL) -> PromptCache:
     """``caches``, of which ours now show a chunk's tokens what decoding them would have shown."""
-    for cache in _ours(caches):
+    for cache in all_compressed(caches):
+        if isinstance(cache, FetchedKVCache):
+            raise ValueError(
+                "this model attends with code of its own, to which a chunk cannot show what "
+                "decoding would: its quality cannot be measured"
+            )
         cache.sequences.raw_window = raw_window
     return caches
 
 
-def _ours(caches: PromptCache) -> list[TurboQuantKVCache]:
-    return [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
-
-
 def _page_bits(caches: PromptCache) -> float:
-    found = [cache.layout.bits_per_element for cache in _ours(caches)]
+    found = [cache.layout.bits_per_element for cache in all_compressed(caches)]
     if not found:
         raise ValueError("no layer of this model can be compressed")
     return float(np.mean(found))

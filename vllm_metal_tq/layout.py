@@ -48,18 +48,25 @@ class PageLayout:
 
     Attributes:
         config: code widths and block size.
-        head_dim: elements of a key and of a value, before rotation.
+        head_dim: elements of a key, before rotation.
+        v_head_dim: elements of a value, of which zeros make ``head_dim``; 0 stands for as many.
     """
 
     config: TurboQuantConfig
     head_dim: int
+    v_head_dim: int = 0
 
     def __post_init__(self) -> None:
         rotated_dim(self.head_dim)  # refuses what cannot be rotated
+        object.__setattr__(self, "v_head_dim", self.v_head_dim or self.head_dim)
+        if not 0 < self.v_head_dim <= self.head_dim:
+            raise ValueError(
+                f"v_head_dim {self.v_head_dim} must be from 1 to the keys' head_dim {self.head_dim}"
+            )
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.config, self.head_dim))
+        return hash((self.config, self.head_dim, self.v_head_dim))
 
     def __hash__(self) -> int:
         return self._hash  # computed once, because every layer of every step looks layouts up
@@ -97,12 +104,12 @@ class PageLayout:
     @property
     def bits_per_element(self) -> float:
         """Stored bits per key or value element, scales and padding included."""
-        return 8 * self.page_bytes / (2 * self.head_dim * self.config.block_size)
+        return 16 * self.page_bytes / self.bf16_page_bytes
 
     @property
     def bf16_page_bytes(self) -> int:
         """Bytes that the same block takes uncompressed, as bf16 keys and values."""
-        return 2 * 2 * self.head_dim * self.config.block_size
+        return 2 * (self.head_dim + self.v_head_dim) * self.config.block_size
 
     def split(self, pages: Array) -> list[Array]:
         """Take pages apart; the one statement of where bytes lie.

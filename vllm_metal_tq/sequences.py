@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from . import attention, dispatch
+from . import attention, codec, dispatch
 from .centre import Centre, alike
 from .pages import BlockTable, PagePool, blocks_needed
 from .tail import FEW, Tail
@@ -85,7 +85,7 @@ class Sequences:
 
         Args:
             keys: ``(B, num_kv_heads, L, head_dim)``, after RoPE.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
             columns: of each sequence, which of the L are its tokens. None: all of them.
 
         Raises:
@@ -98,6 +98,7 @@ class Sequences:
                 f"keys {keys.shape} do not fit: this cache holds {expected[0]} sequences of "
                 f"{expected[1]} KV heads, as (B, num_kv_heads, L, head_dim)"
             )
+        values = codec.widened(values, self.pool.layout)
         self._columns = list(columns or [slice(0, keys.shape[2])] * len(self))
         counts = self._counts()
         groups = self._groups(counts, keys.shape[2])
@@ -213,7 +214,7 @@ class Sequences:
         Args:
             queries: ``(B, num_heads, L, head_dim)``.
             keys: ``(B, num_kv_heads, L, head_dim)``, as the model made them.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
             scale: factor of the logits.
             mask: None, "causal", or an array ``(..., L, S + L)`` over the S tokens of the longest
                 sequence before the chunk, those of the others at its end, and the chunk. With a
@@ -222,8 +223,22 @@ class Sequences:
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
 
         Returns:
-            ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
+            ``(B, num_heads, L, v_head_dim)`` in the queries' dtype, zeros for padding.
         """
+        output = self._attend(
+            queries, keys, codec.widened(values, self.pool.layout), scale, mask, sinks
+        )
+        return output[..., : self.pool.layout.v_head_dim]
+
+    def _attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: attention.Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
         length, counts = queries.shape[2], self._counts()
         shifts = [o - n for o, n in zip(self.offsets, self.lengths, strict=True)]
         if counts == [length] * len(self) and not self._sees_chunk(length):
@@ -276,11 +291,7 @@ class Sequences:
         length, table = keys.shape[2], self.tables[which]
         if not length:
             return queries  # padding alone
-        if not self._sees_chunk(length):
-            keys, values = (x[None] for x in self.tail.ordered(which, table.num_tokens))
-        elif self._recent[which]:
-            recent = zip(self._recent[which], (keys, values), strict=True)
-            keys, values = (mx.concatenate([old[None], new], axis=2) for old, new in recent)
+        keys, values = self._with_recent(which, keys, values)
         unseen = self._unseen(table.num_tokens, length, keys.shape[2])
         num_tokens = table.num_tokens - unseen
         if self.window and isinstance(mask, mx.array):
@@ -319,6 +330,57 @@ class Sequences:
             return past
         size = self.pool.layout.config.block_size
         return min(first, past) // size * size
+
+    def _with_recent(
+        self, which: int, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """What is seen as it came: tokens before a chunk of one sequence, and the chunk."""
+        if not self._sees_chunk(keys.shape[2]):
+            recent = self.tail.ordered(which, self.tables[which].num_tokens)
+            return recent[0][None], recent[1][None]
+        if not self._recent[which]:
+            return keys, values
+        old_keys, old_values = (x[None] for x in self._recent[which])
+        return mx.concatenate([old_keys, keys], axis=2), mx.concatenate([old_values, values], 2)
+
+    def restored(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values of all tokens, those of the chunk that was just stored among them.
+
+        Args:
+            keys: ``(B, num_kv_heads, L, head_dim)``, as the model made them.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
+
+        Returns:
+            ``(B, num_kv_heads, S, head_dim)`` and ``(B, num_kv_heads, S, v_head_dim)`` in the
+            chunk's dtype. What a query sees as it came, is as it came; the rest is read from the
+            pages.
+
+        Raises:
+            ValueError: the sequences differ in length.
+        """
+        if len(set(self.lengths)) > 1:
+            raise ValueError(f"sequences of {self.lengths} tokens cannot be handed out together")
+        wide = codec.widened(values, self.pool.layout)
+        parts = [
+            self._restored(i, keys[i : i + 1], wide[i : i + 1]) for i in range(len(self.tables))
+        ]
+        all_keys, all_values = (
+            mx.concatenate(list(x)) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)
+        )
+        return all_keys, all_values[..., : values.shape[-1]]
+
+    def _restored(self, which: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        keys, values = self._with_recent(which, keys, values)
+        table = self.tables[which]
+        return dispatch.restore(
+            keys,
+            values,
+            self.pool,
+            table.blocks,
+            table.num_tokens - keys.shape[2],
+            centre=self.centre,
+            shift=self.offsets[which] - table.num_tokens,
+        )
 
     @property
     def block_table(self) -> mx.array:

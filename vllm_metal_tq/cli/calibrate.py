@@ -93,10 +93,11 @@ def _widths(
 ) -> TurboQuantConfig:
     """Widths for each layer within a budget of bits."""
     from .. import budget as budgets
-    from ..integrations.mlx_lm import TurboQuantKVCache, make_prompt_cache
+    from ..integrations.mlx_lm import make_prompt_cache
+    from ..integrations.mlx_lm.parts import compressed
 
     caches = make_prompt_cache(model, calibration=calibration)
-    head_dims = [c.layout.head_dim if isinstance(c, TurboQuantKVCache) else None for c in caches]
+    head_dims = [c.layout.head_dim if c else None for c in map(compressed, caches)]
     budgets.check(budget, head_dims)
     with common.progress_bar("measure") as advance:
         some = tokens[:PROBED_TOKENS]

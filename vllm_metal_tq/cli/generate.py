@@ -136,9 +136,11 @@ def _cache(
 
     if not args.prompt_cache_file:
         return prompts.empty_cache(args, model, tokenizer)
+    from ..integrations.mlx_lm.parts import all_compressed
+
     with common.progress_bar("prompt cache"):
         cache = ours.load_prompt_cache(args.prompt_cache_file, model)
-    widths = (c.layout.config for c in cache if isinstance(c, ours.TurboQuantKVCache))
+    widths = (c.layout.config for c in all_compressed(cache))
     return next(widths, common.scheme(args)), cache
 
 

@@ -80,10 +80,14 @@ def empty_cache(
 
 def layer_rows(held: CacheReport, *models: nn.Module) -> dict[str, str]:
     """Rows of a table: how many layers of the models are compressed, and why others are not."""
-    from ..integrations.mlx_lm.probe import kept
+    from ..integrations.mlx_lm.probe import Reader, attention
 
     rows = {"layers compressed": f"{held.layers_compressed} of {held.layers}"}
-    others = sum((Counter(kept(model)) for model in models), Counter[str]())
+    layers = [layer for model in models for layer in attention(model)]
+    others = Counter(layer for layer in layers if isinstance(layer, str))
+    restored = sum(not isinstance(x, str) and x.reader is Reader.CODE for x in layers)
+    if restored:
+        rows["restored every step"] = f"{restored}: the model's own code reads them"
     if others:
         rows["kept as they are"] = ", ".join(f"{count}: {why}" for why, count in others.items())
     return rows

@@ -12,14 +12,14 @@ import math
 import signal
 from typing import TYPE_CHECKING
 
-from . import common
+from . import common, prompts
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ..integrations.mlx_lm import CachePools
-    from ..integrations.mlx_lm.server import Server
+    from ..integrations.mlx_lm.server import Provider, Server
 
 METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -168,11 +168,24 @@ def run(args: argparse.Namespace) -> None:
     options = ours.ServerOptions(args.max_body_size, args.client_timeout)
     generator = ours.Generator(provider, ours.Stats())
     generator.wait_until_loaded()
+    _say_what_is_compressed(provider)
     try:
         _listen(ours.Server(args.host, args.port, generator, options), args.model)
     finally:
         generator.stop_and_join()
         provider.pools.detach()
+
+
+def _say_what_is_compressed(provider: Provider) -> None:
+    """Log what becomes of the model's layers, and whether requests are batched."""
+    from ..integrations.mlx_lm import report
+
+    log = logging.getLogger(__name__)
+    held = report(provider.pools.make_prompt_cache())
+    for name, what in prompts.layer_rows(held, provider.model).items():
+        log.info("%s: %s", name, what)
+    if not provider.is_batchable and provider.draft_model is None:
+        log.info("requests are answered one at a time: this model's caches cannot be batched")
 
 
 def _listen(server: Server, model: str) -> None:

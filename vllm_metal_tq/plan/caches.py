@@ -119,10 +119,6 @@ class MlxCache(Cache):
             if layer.key_dim % MLX_GROUP:
                 raise Unsupported(f"mlx_lm quantises no head_dim of {layer.key_dim}")
 
-    def compresses(self, layer: Layer) -> bool:
-        """Whether this layer's cache is ours: no other layer reads it."""
-        return super().compresses(layer) and not layer.shared
-
     @cached_property
     def token_bytes(self) -> int:
         """See ``Cache``."""

@@ -7,15 +7,15 @@ from typing import Any
 
 from vllm_metal_tq.integrations.mlx_lm.probe import (
     CHUNKS,
+    INDEX,
+    INSIDE,
     LATENT,
-    OWN,
-    SEVERAL,
-    SHARED,
-    SIZES,
     STATE,
+    Reader,
 )
+from vllm_metal_tq.integrations.mlx_lm.probe import WINDOW as SLIDING
 
-COMPRESSED = "compressed"
+COMPRESSED, SHARED, FETCHED = OURS = [reader.value for reader in Reader]
 WINDOW = 48  # tokens: more than the tail, and fewer than test_matrix.py asks for
 
 HEADS = {"head_dim": 64}
@@ -27,6 +27,8 @@ LLAMA3 = {
     **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "original_max_position_embeddings": 1024,
 }
+SHARED_BY_METHOD = "0.32"  # before, layers read a cache's state, and it is kept as it is
+NORMED_TWICE = 1024  # in place of 64: what norms of 1 + 1 make of queries and keys
 MROPE = {"type": "mrope", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 DELTA_NET = {
     **{"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 32},
@@ -67,6 +69,7 @@ class Kind:
         caches: what becomes of each of the model's caches.
         fields: of the model's arguments, over small defaults.
         name: where several kinds have the same ``model_type``.
+        since: the mlx_lm from which it is so.
     """
 
     model_type: str
@@ -74,9 +77,21 @@ class Kind:
     caches: list[str]
     fields: dict[str, Any]
     name: str = ""
+    since: str = "0.31"
 
     def __str__(self) -> str:
         return self.name or self.model_type
+
+    @property
+    def compressed(self) -> list[bool]:
+        """Which of the caches are."""
+        return [cache in OURS for cache in self.caches]
+
+    @property
+    def rings(self) -> bool:
+        """Whether some of them have a window."""
+        fields = self.fields | self.fields.get("text_config", {})
+        return WINDOW in [x for x in fields.values() if x.__hash__] and SLIDING not in self.caches
 
 
 def alternating(first: str, second: str, pairs: int = 1) -> list[str]:
@@ -113,11 +128,12 @@ KINDS = [
         [CHUNKS] * 3 + [COMPRESSED],
         {
             "text_config": HEADS
-            | {"num_hidden_layers": 4, "attention_chunk_size": 256, "attention_bias": False}
+            | {"num_hidden_layers": 4, "attention_chunk_size": 64, "attention_bias": False}
             | {"num_local_experts": 1, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
             | {"intermediate_size_mlp": 96, "rope_scaling": None, "use_qk_norm": True}
             | {"floor_scale": 16}
         },
+        since="0.32",  # before, mlx_lm's own cache breaks at the end of a chunk
     ),
     Kind(
         "mistral3",
@@ -172,20 +188,26 @@ KINDS = [
         | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.25}},
     ),
     Kind("gemma", "one KV head", full(), HEADS | {"num_key_value_heads": 1}),
-    Kind("gemma2", "soft-capped logits", [OWN] * 3, HEADS),
+    Kind(
+        "gemma2",
+        "soft-capped logits",
+        [FETCHED] * 3,
+        HEADS | {"query_pre_attn_scalar": NORMED_TWICE, "attn_logit_softcapping": 5.0},
+    ),
     Kind(
         "gemma3_text",
         "norms of queries and keys, full attention beside sliding windows",
         full(4),
         HEADS
         | {"num_hidden_layers": 4, "sliding_window": WINDOW, "sliding_window_pattern": 2}
-        | {"query_pre_attn_scalar": 1024},  # what norms of 1 + 1 make of queries and keys
+        | {"query_pre_attn_scalar": NORMED_TWICE},
     ),
     Kind(
         "gemma3n",
         "full attention whose keys other layers read, beside sliding windows",
         [SHARED, SHARED],
         {"text_config": HEADS | GEMMA3N | {"num_hidden_layers": 4}},
+        since=SHARED_BY_METHOD,
     ),
     Kind(
         "gemma4_text",
@@ -265,18 +287,144 @@ KINDS = [
         full(),
         {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25},
     ),
+    Kind(
+        "stablelm",
+        "keys that are cast after the cache",
+        [FETCHED] * 3,
+        {"use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+    ),
+    Kind("plamo", "KV heads that are copied after the cache", [FETCHED] * 3, {"n_shared_head": 2}),
+    Kind(
+        "plamo2",
+        "attention that calls MLX itself, beside state space",
+        alternating(STATE, FETCHED, 2),
+        {"num_hidden_layers": 4, "hidden_size_per_head": 64, "mamba_step": 2}
+        | {"mamba_num_heads": 4, "mamba_d_state": 16},
+    ),
+    Kind(
+        "phi3small",
+        "blocks that are left out, by the model's own code, beside full attention",
+        [FETCHED, COMPRESSED, FETCHED],
+        {"hidden_size": 256, "ff_intermediate_size": 96, "gegelu_limit": 20.0}
+        | {"dense_attention_every_n_layers": 2, "layer_norm_epsilon": 1e-5}
+        | {"blocksparse_block_size": 32, "blocksparse_num_local_blocks": 2}
+        | {"blocksparse_vert_stride": 2, "mup_attn_multiplier": 8.0},
+    ),
+    Kind(
+        "gear",
+        "soft-capped logits, beside sliding windows and convolutions",
+        [SLIDING, STATE, FETCHED, FETCHED],
+        HEADS
+        | {"num_hidden_layers": 4, "sliding_window": WINDOW, "attn_logit_softcapping": 5.0}
+        | {"layer_types": ["sliding_attention", "conv_mixer"] + ["full_attention"] * 2},
+    ),
+    Kind(
+        "afm7",
+        "keys of the last layer that others read, who find their position in the keys' shape",
+        [COMPRESSED, SHARED],
+        {"hidden_dim": 256, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 4}
+        | {"num_kv_heads": 2},
+        since=SHARED_BY_METHOD,
+    ),
+    Kind(
+        "iquestloopcoder",
+        "layers run twice, the second time beside sliding windows",
+        [SHARED] * 3 + [COMPRESSED] * 3,
+        HEADS | {"loop_window_size": WINDOW},
+    ),
+    Kind("nanbeige", "layers run twice, with keys of each time", full(6), HEADS | {"num_loops": 2}),
+    Kind(
+        "openelm",
+        "heads that differ between layers",
+        full(),
+        {"head_dim": 64, "num_transformer_layers": 3, "model_dim": 64, "ffn_dim_divisor": 16}
+        | {"num_query_heads": [2, 4, 4], "num_kv_heads": [1, 2, 4]}
+        | {"ffn_multipliers": [1.0, 1.0, 1.0]},
+    ),
+    Kind(
+        "talkie",
+        "norms of queries and keys after RoPE",
+        full(),
+        {"hidden_size": 256, "num_key_value_heads": 4},
+    ),
+    Kind(
+        "step3p5",
+        "gated heads and RoPE that differ between layers, beside sliding windows",
+        full(4),
+        HEADS
+        | {"num_hidden_layers": 4, "num_attention_groups": 2, "sliding_window": WINDOW}
+        | {"layer_types": alternating("sliding_attention", "full_attention", 2)}
+        | {"partial_rotary_factors": [1.0, 0.5, 1.0, 0.5], "moe_layers_enum": "9"}
+        | {
+            "attention_other_setting": {
+                **{"num_attention_heads": 2, "num_attention_groups": 1, "head_dim": 64}
+            }
+        },
+    ),
     Kind("deepseek_v3", "latents that are read as they are", [LATENT] * 3, LATENTS),
-    Kind("deepseek_v2", "latents that are expanded before the cache", [SIZES] * 3, EXPANDED),
+    Kind(
+        "kimi_linear",
+        "latents beside linear attention",
+        alternating(STATE, LATENT, 2),
+        LATENTS
+        | {"num_hidden_layers": 4, "head_dim": 32, "num_experts": 2, "model_max_length": 4096}
+        | {
+            "linear_attn_config": {
+                **{"kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": 2},
+                **{"head_dim": 32, "short_conv_kernel_size": 4},
+            }
+        },
+    ),
+    Kind(
+        "longcat_flash",
+        "two of latents in one layer",
+        [LATENT] * 2,
+        LATENTS
+        | {"q_lora_rank": 32, "attention_method": "MLA", "zero_expert_type": "identity"}
+        | {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "num_layers": 2}
+        | {"n_routed_experts": 2, "zero_expert_num": 1, "routed_scaling_factor": 1.0}
+        | {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_bias": False},
+    ),
+    Kind(
+        "deepseek_v41",
+        "compressed tokens and a window, in a cache of the model's own",
+        ["a cache of its own (LayerCache)"] * 3,
+        {"head_dim": 64, "q_lora_rank": 32, "qk_rope_head_dim": 16, "o_groups": 2}
+        | {"o_lora_rank": 32, "sliding_window": 16, "hc_mult": 2, "n_routed_experts": 2}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    Kind("deepseek_v2", "latents that are expanded before the cache", full(), EXPANDED),
     Kind(
         "deepseek_v32",
         "latents of which an index chooses",
-        [SEVERAL] * 3,
+        [f"{LATENT}, {INDEX}"] * 3,
         LATENTS | {"q_lora_rank": 32, "index_head_dim": 32, "index_n_heads": 2, "index_topk": 256},
+    ),
+    Kind(
+        "minicpm3",
+        "the same with longrope",
+        full(),
+        LATENTS
+        | {"hidden_size": 128, "q_lora_rank": 32, "scale_depth": 1.0, "scale_emb": 1.0}
+        | {"dim_model_base": 64, "rope_scaling": {"original_max_position_embeddings": 4096}},
+    ),
+    Kind(
+        "minimax_m3_vl",
+        "full attention beside attention to blocks of which an index chooses",
+        alternating(COMPRESSED, f"{INSIDE}, {INDEX}", 2),
+        {
+            "text_config": HEADS
+            | LOCAL_EXPERTS
+            | {"num_hidden_layers": 4, "sparse_attention_freq": [0, 1, 0, 1]}
+            | {"index_n_heads": 2, "index_head_dim": 32, "index_block_size": 16}
+            | {"index_topk_blocks": 4, "intermediate_size": 32, "dense_intermediate_size": 96}
+            | {"shared_intermediate_size": 32}
+        },
     ),
     Kind(
         "mimo_v2_flash",
         "values smaller than keys, beside sliding windows",
-        [SIZES, SIZES],
+        full(2),
         {"num_hidden_layers": 2, "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 0]}
         | {"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False}
         | {"sliding_window_size": WINDOW, "moe_intermediate_size": 32, "num_experts_per_tok": 1}
@@ -323,8 +471,15 @@ KINDS = [
     Kind(
         "falcon_h1",
         "attention and state space in one layer",
-        [SEVERAL] * 3,
+        full(),
         HEADS | {"mamba_d_ssm": 64, "mamba_d_head": 32, "mamba_n_heads": 2, "mamba_d_state": 16},
+    ),
+    Kind(
+        "baichuan_m1",
+        "keys that a convolution mixes: a state beside them in one layer, and sliding windows",
+        full(4),
+        {"num_hidden_layers": 4, "hidden_size": 256, "conv_window": 2}
+        | {"sliding_window": WINDOW, "sliding_window_layers": [0, 2]},
     ),
     Kind(
         "nemotron_h",
@@ -346,3 +501,6 @@ KINDS = [
         | {"shared_intermediate_size": 64, "mlp_bias": False},
     ),
 ]
+
+NAMED = {str(kind): kind for kind in KINDS}
+"""The kinds by their names."""

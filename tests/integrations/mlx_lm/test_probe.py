@@ -7,18 +7,20 @@ from models import build, llama, tokens
 
 from vllm_metal_tq import TurboQuantKVCache, make_prompt_cache
 from vllm_metal_tq.integrations.mlx_lm import hook, report
-from vllm_metal_tq.integrations.mlx_lm.probe import WINDOW, attention, windows
+from vllm_metal_tq.integrations.mlx_lm.fetched import FetchedKVCache, SharedKVCache
+from vllm_metal_tq.integrations.mlx_lm.parts import compressed
+from vllm_metal_tq.integrations.mlx_lm.probe import INSIDE, TWICE, WINDOW, attention
 
 
-def run(model, compressed, layers):
+def run(model, count, layers):
     theirs = [type(cache) for cache in host.make_prompt_cache(model)]
     cache = make_prompt_cache(model)
     for chunk in (tokens(20), tokens(1), tokens(3)):
         assert mx.isfinite(model(chunk, cache=cache)).all()
     held = report(cache)
-    assert (held.layers_compressed, held.layers) == (compressed, layers)
+    assert (held.layers_compressed, held.layers) == (count, layers)
     for ours, kind in zip(cache, theirs, strict=True):
-        assert type(ours) in (kind, TurboQuantKVCache)
+        assert type(ours) is kind or compressed(ours) is ours
     return cache
 
 
@@ -26,14 +28,14 @@ def test_layers_with_a_sliding_window_get_caches_that_know_it():
     pattern = ["sliding_attention", "full_attention"] * 2
     model = build("llama", head_dim=64, num_hidden_layers=4, layer_types=pattern, sliding_window=8)
     cache = run(model, 4, 4)
-    assert [c.sequences.window for c in cache] == windows(model) == [8, 0, 8, 0]
+    assert [c.sequences.window for c in cache] == [8, 0, 8, 0]
+    assert [found.window for found in attention(model)] == [8, 0, 8, 0]
 
 
 def test_a_window_beside_first_tokens_keeps_its_cache():
     model = Sinks(llama().args)
     hook.install(model)
     assert attention(model) == [WINDOW] * 3
-    assert windows(model) == [0] * 3
 
 
 class Sinks(llama_module.Model):
@@ -108,7 +110,7 @@ def test_state_space_layers_keep_their_cache():
     run(model, 1, 4)
 
 
-def test_layers_that_share_keys_keep_their_cache():
+def test_layers_that_share_keys_share_a_compressed_cache():
     text = {
         "model_type": "gemma3n_text",
         "hidden_size": 64,
@@ -138,11 +140,12 @@ def test_layers_that_share_keys_keep_their_cache():
         "slide_window": 8,
         "query_pre_attn_scalar": 64.0,
     }
-    run(build("gemma3n", text_config=text), 0, 2)
+    cache = run(build("gemma3n", text_config=text), 1, 2)
+    assert type(cache[1]) is SharedKVCache
 
 
-def test_a_layer_whose_keys_another_reads_keeps_its_cache():
-    # Gemma 4 E2B and E4B hand them on without the cache: a reader would miss the past.
+def test_a_layer_whose_keys_another_reads_shares_its_cache():
+    # Gemma 4 E2B and E4B hand them on without the cache.
     sizes = {"head_dim": 64, "global_head_dim": 64, "num_key_value_heads": 1, "sliding_window": 8}
     few = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 97}
 
@@ -150,16 +153,14 @@ def test_a_layer_whose_keys_another_reads_keeps_its_cache():
         kinds = {"sliding_window_pattern": 2, "num_kv_shared_layers": shared}
         return build("gemma4_text", num_hidden_layers=6, **sizes, **few, **kinds)
 
-    def caches(model, compressed):
-        cache = run(model, 2 * sum(compressed), len(compressed) * 2)
-        ours = [isinstance(c, TurboQuantKVCache) for c in cache]
-        assert ours[0::2] == ours[1::2] == compressed
+    def full(model, count):
+        return list(map(type, run(model, count, 2 * count)[1::2]))
 
-    caches(gemma(0), [True, True, True])
-    caches(gemma(2), [True, False])
+    assert full(gemma(0), 3) == [TurboQuantKVCache] * 3
+    assert full(gemma(2), 2) == [TurboQuantKVCache, SharedKVCache]
 
 
-def test_keys_that_are_changed_after_the_cache_keep_their_cache(monkeypatch):
+def test_keys_that_are_changed_after_the_cache_are_handed_out_whole(monkeypatch):
     # The past would miss the change.
     def scaled(self, x, mask=None, cache=None):
         q, k, v = (
@@ -173,4 +174,61 @@ def test_keys_that_are_changed_after_the_cache_keep_their_cache(monkeypatch):
         return self.o_proj(out.swapaxes(1, 2).flatten(2))
 
     monkeypatch.setattr(llama_module.Attention, "__call__", scaled)
-    run(llama(), 0, 3)
+    assert list(map(type, run(llama(), 3, 3))) == [FetchedKVCache] * 3
+
+
+def attending(monkeypatch, fetch):
+    """A llama whose attention goes through ``fetch`` for keys and values of all tokens."""
+
+    def attend(self, x, mask=None, cache=None):
+        q, k, v = (
+            project(x).reshape(1, x.shape[1], -1, 64).swapaxes(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k, v = fetch(cache, k, v)
+        out = llama_module.scaled_dot_product_attention(
+            q, k, v, cache=cache, scale=self.scale, mask=mask
+        )
+        return self.o_proj(out.swapaxes(1, 2).flatten(2))
+
+    monkeypatch.setattr(llama_module.Attention, "__call__", attend)
+    return llama()
+
+
+def test_a_cache_that_is_written_twice_a_step_stays(monkeypatch):
+    def twice(cache, k, v):
+        cache.update_and_fetch(k, v)
+        return cache.update_and_fetch(k, v)
+
+    model = attending(monkeypatch, twice)
+    run(model, 0, 3)
+    assert attention(model) == [TWICE] * 3
+
+
+def test_a_cache_whose_insides_a_model_reads_or_writes_stays(monkeypatch):
+    def read(cache, k, v):
+        cache.update_and_fetch(k, v)
+        return cache.keys[:, :, : cache.offset], cache.values[:, :, : cache.offset]
+
+    model = attending(monkeypatch, read)
+    run(model, 0, 3)
+    assert attention(model) == [INSIDE] * 3
+
+    def write(cache, k, v):
+        fetched = cache.update_and_fetch(k, v)
+        cache.keys = mx.depends(cache.keys, k)
+        return fetched
+
+    model = attending(monkeypatch, write)
+    run(model, 0, 3)
+    assert attention(model) == [INSIDE] * 3
+
+
+def test_prompts_and_single_tokens_may_be_attended_to_in_different_ways(monkeypatch):
+    def changed_in_prompts(cache, k, v):
+        length = k.shape[2]
+        k, v = cache.update_and_fetch(k, v)
+        return (k, v) if length == 1 else (1 * k, v)
+
+    model = attending(monkeypatch, changed_in_prompts)
+    assert list(map(type, run(model, 3, 3))) == [FetchedKVCache] * 3

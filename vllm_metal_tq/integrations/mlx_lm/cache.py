@@ -20,10 +20,10 @@ from ...pages import PagePool
 from ...sequences import Sequences
 from ...tail import TAIL
 
-STATE_VERSION = 4  # 3 had no windows
+STATE_VERSION = 4  # 3 had neither windows nor values of another head_dim
 
 
-class WindowMask(mx.array):  # type: ignore[misc]  # MLX's arrays may be extended
+class WindowMask(mx.array):  # MLX's arrays may be extended
     """bool ``(L, S + L)``: a chunk and the tokens before it, each seen within a window of them.
 
     An array, because mlx_lm's own caches of the model may be given it, too; ours know what it says
@@ -98,7 +98,7 @@ class TurboQuantKVCache(host._BaseCache):
 
         Args:
             keys: ``(B, num_kv_heads, L, head_dim)``.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
 
         Raises:
             ValueError: the shapes do not fit, or an element cannot be encoded; nothing is stored.
@@ -125,13 +125,13 @@ class TurboQuantKVCache(host._BaseCache):
         Args:
             queries: ``(B, num_heads, L, head_dim)``.
             keys: ``(B, num_kv_heads, L, head_dim)``, as the model made them.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
             scale: factor of the logits.
             mask: what ``make_mask`` made for this chunk.
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
 
         Returns:
-            ``(B, num_heads, L, head_dim)`` in the queries' dtype, zeros for padding.
+            ``(B, num_heads, L, v_head_dim)`` in the queries' dtype, zeros for padding.
         """
         if isinstance(mask, WindowMask) and mask.window == self.sequences.window:
             mask = "causal"
@@ -266,6 +266,7 @@ class TurboQuantKVCache(host._BaseCache):
             some.lengths[0],
             some.tail.lengths[0],
             int(some.centre is not None),
+            self.layout.v_head_dim,
         ]
         # An empty array cannot be saved, so an empty pool passes for one free block.
         if not self.pool.num_blocks:
@@ -288,16 +289,16 @@ class TurboQuantKVCache(host._BaseCache):
         pages, header, *rest = state
         version, *numbers = cast(list[int], header.flatten().tolist())
         if version == 3:
-            numbers.insert(6, 0)
+            numbers[6:6] = [0]
+            numbers[11:11] = [numbers[3]]
         elif version != STATE_VERSION:
             raise ValueError(
                 f"state version {version} is unknown: 3 and {STATE_VERSION} can be read"
             )
         k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, window = numbers[:7]
-        offset, count, tail_length, centred, *blocks = numbers[7:]
-        pool = PagePool(
-            PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim), num_kv_heads
-        )
+        offset, count, tail_length, centred, v_head_dim, *blocks = numbers[7:]
+        config = TurboQuantConfig(k_bits, v_bits, block_size)
+        pool = PagePool(PageLayout(config, head_dim, v_head_dim), num_kv_heads)
         cache = cls(pool, max_kv_size=max_kv_size or None, window=window)
         tail = rest[: 2 if tail_length else 0]
         fits = (
@@ -375,7 +376,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
 
         Args:
             keys: ``(B, num_kv_heads, L, head_dim)``.
-            values: the same shape.
+            values: ``(B, num_kv_heads, L, v_head_dim)``.
 
         Raises:
             ValueError: as for ``TurboQuantKVCache``.

@@ -2,7 +2,8 @@
 
 Each model module imports ``scaled_dot_product_attention`` by name, so the name is rebound in
 every module that holds it. The replacement serves caches that have an ``attend`` of their own
-class, and calls the original, with the same arguments, for every other cache.
+class, and calls the original, with the same arguments, for every other cache. Keys that stand for
+the tokens of a ``SharedKVCache`` are served by that one, whatever cache comes with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import mlx_lm.models.cache as host
 from ...attention import Mask
 from ...types import PromptCache
 from .cache import TurboQuantKVCache
+from .fetched import FetchedKVCache, SharedKVCache, owner
 
 _NAME = "scaled_dot_product_attention"
 
@@ -30,6 +32,9 @@ dense_attention: Callable[..., mx.array] = base.scaled_dot_product_attention
 
 Attended = tuple[mx.array, mx.array, mx.array, object]
 """Queries, keys and values of an attention, and the cache or None."""
+
+CACHES = {cls.__name__: cls for cls in (TurboQuantKVCache, SharedKVCache, FetchedKVCache)}
+"""The classes of compressed caches of one sequence, by name."""
 
 _rebound: dict[int, Namespace] = {}  # by id: a model's file may be no entry of sys.modules
 _watchers: list[list[Attended]] = []
@@ -46,7 +51,8 @@ def _attention(
 ) -> mx.array:
     for seen in _watchers:
         seen.append((queries, keys, values, cache))
-    attend: Callable[..., mx.array] | None = getattr(cache, "attend", None)
+    reader = owner(keys, values) or cache
+    attend: Callable[..., mx.array] | None = getattr(reader, "attend", None)
     if attend is None:
         return dense_attention(queries, keys, values, cache, scale, mask, sinks)
     return attend(queries, keys, values, scale, mask, sinks)
@@ -56,13 +62,13 @@ def install(model: nn.Module) -> None:
     """Reach every loaded module, and the model's own where it came from a file.
 
     Modules imported later take the replacement from ``mlx_lm.models.base``. Doing it again
-    changes nothing. mlx_lm's own ``load_prompt_cache`` comes to know the cache class as well.
+    changes nothing. mlx_lm's own ``load_prompt_cache`` comes to know the cache classes as well.
     """
     for namespace in [*_loaded(), *_own(model)]:
         if namespace.get(_NAME) is dense_attention:
             namespace[_NAME] = _attention
             _rebound[id(namespace)] = namespace
-    vars(host)["TurboQuantKVCache"] = TurboQuantKVCache
+    vars(host).update(CACHES)
 
 
 def uninstall() -> None:
@@ -71,7 +77,8 @@ def uninstall() -> None:
         if namespace.get(_NAME) is _attention:
             namespace[_NAME] = dense_attention
     _rebound.clear()
-    vars(host).pop("TurboQuantKVCache", None)
+    for name in CACHES:
+        vars(host).pop(name, None)
 
 
 @contextmanager

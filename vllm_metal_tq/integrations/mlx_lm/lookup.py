@@ -20,6 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ...tail import FEW
 from ...types import Progress, PromptCache
 from .cache import TurboQuantKVCache
+from .parts import parts
 
 MAX_DRAFT = FEW - 1  # with the token before them, drafts are a chunk that sees the tail
 _LENGTHS = (3, 2)  # tokens that must repeat, the longest tried first
@@ -59,7 +60,8 @@ def check_trimmable(prompt_cache: PromptCache, few: bool = False) -> None:
     Raises:
         ValueError: it cannot; the message names the caches.
     """
-    unfit = {type(cache).__name__ for cache in prompt_cache if not _gives_back(cache, few)}
+    every = [part for cache in prompt_cache for part in parts(cache)]
+    unfit = {type(cache).__name__ for cache in every if not _gives_back(cache, few)}
     if unfit:
         raise ValueError(
             "speculative decoding gives back tokens that the model refuses, which "

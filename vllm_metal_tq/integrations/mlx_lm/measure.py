@@ -20,7 +20,8 @@ from ...config import CALIBRATION_TOKENS
 from ...rope import Rope
 from ...types import Progress, Tokenizer
 from . import hook
-from .probe import plain_attention
+from .parts import keys_of, with_keys
+from .probe import Attention, Reader, attention, plain_attention
 
 CHUNK = 256
 SKIPPED = 4  # tokens at the start, attention sinks among them, whose keys are unlike all others
@@ -40,11 +41,15 @@ class _At(host.KVCache):
         self.offset = position
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.stored = keys
+        self.stored, self._values = keys, values
         return keys, values
 
-    def make_mask(self, *given: object, **more: object) -> None:
-        """None: a token sees itself, whatever its layer's window is."""
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        return self.stored, self._values
+
+    def make_mask(self, N: int, return_array: bool = False, **_: object) -> Mask:  # noqa: N803
+        """Of a token that sees itself alone."""
+        return mx.ones((N, N), mx.bool_) if return_array else None
 
 
 class _Recorder:
@@ -58,7 +63,8 @@ class _Recorder:
         return getattr(self._cache, name)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self._new = keys, values
+        missing = keys.shape[3] - values.shape[3]
+        self._new = keys, mx.pad(values, [(0, 0)] * 3 + [(0, missing)])
         fetched: tuple[mx.array, mx.array] = self._cache.update_and_fetch(keys, values)
         return fetched
 
@@ -71,11 +77,36 @@ class _Recorder:
         mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        start = self._cache.offset - queries.shape[2]
+        self._add(queries)
+        return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
+
+    def _add(self, queries: mx.array | None) -> None:
+        length = self._new[0].shape[2]
+        start = self._cache.offset - length
         skip = max(SKIPPED - start, 0)
-        if skip < queries.shape[2]:
+        if skip < length:
             new_keys, new_values = (x[:, :, skip:] for x in self._new)
-            self._statistics.add(queries[:, :, skip:], new_keys, new_values, start + skip)
+            asked = None if queries is None else queries[:, :, skip:]
+            self._statistics.add(asked, new_keys, new_values, start + skip)
+
+
+class _KeyRecorder(_Recorder):
+    """The same for code of the model's own, of whose queries nothing is known."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        fetched = super().update_and_fetch(keys, values)
+        self._add(None)
+        return fetched
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
         return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
 
 
@@ -103,16 +134,18 @@ def calibrate(
     hook.install(model)
     # Where the embedding is not known, the mean of keys after it is a centre as well, if a worse
     # one: flags take it only where it helps.
+    layers = attention(model)
     every = [
-        Statistics(found or rope.constant(shape[0])) if shape else None
-        for found, shape in zip(layer_ropes(model), plain_attention(model), strict=True)
+        Statistics(found or rope.constant(layer.head_dim)) if isinstance(layer, Attention) else None
+        for found, layer in zip(layer_ropes(model), layers, strict=True)
     ]
     if not any(every):
         return Calibration((None,) * len(every), fingerprint(model))
-    caches = [
-        _Recorder(cache, s) if s else cache
-        for s, cache in zip(every, hook.host_caches(model), strict=True)
-    ]
+    caches = hook.host_caches(model)
+    for i, (statistics, layer) in enumerate(zip(every, layers, strict=True)):
+        if statistics and isinstance(layer, Attention):
+            kind = _KeyRecorder if layer.reader is Reader.CODE else _Recorder
+            caches[i] = with_keys(caches[i], kind(keys_of(caches[i]), statistics))
     for start in range(0, len(token_ids), CHUNK):
         chunk = token_ids[start : start + CHUNK]
         mx.eval(model(mx.array([chunk]), cache=caches))
@@ -178,9 +211,10 @@ def _biases(layer: nn.Module, shape: tuple[int, int]) -> Halves | None:
             continue
         value_bias = getattr(getattr(module, "v_proj", None), "bias", mx.zeros_like(bias))
         of_keys, of_values = (
-            x.astype(mx.float32).reshape(num_kv_heads, head_dim) for x in (bias, value_bias)
+            x.astype(mx.float32).reshape(num_kv_heads, -1) for x in (bias, value_bias)
         )
-        return of_keys, of_values
+        missing = head_dim - of_values.shape[1]
+        return of_keys, mx.pad(of_values, [(0, 0), (0, missing)])
     return None
 
 
@@ -218,9 +252,11 @@ def layer_ropes(model: nn.Module) -> list[Rope | None]:
 
 def _stored(model: nn.Module, position: int) -> list[mx.array | None]:
     """Keys that each plain layer stores for single tokens at a position, float32."""
+    shapes = plain_attention(model)
+    probes = [shape and _At(position) for shape in shapes]
     caches = [
-        cache if shape is None else _At(position)
-        for cache, shape in zip(host.make_prompt_cache(model), plain_attention(model), strict=True)
+        with_keys(cache, probe) if probe else cache
+        for cache, probe in zip(host.make_prompt_cache(model), probes, strict=True)
     ]
     model(mx.array([[1], [2], [3]]), cache=caches)
-    return [c.stored.astype(mx.float32) if isinstance(c, _At) else None for c in caches]
+    return [probe.stored.astype(mx.float32) if probe else None for probe in probes]

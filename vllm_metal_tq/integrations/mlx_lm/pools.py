@@ -14,17 +14,24 @@ from ...pages import PagePool
 from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
+from .fetched import FetchedKVCache, SharedKVCache
 from .measure import from_biases
-from .probe import plain_attention, windows
+from .parts import all_compressed, with_keys
+from .probe import Attention, Reader, attention
+
+CLASSES: dict[Reader, type[TurboQuantKVCache]] = {
+    Reader.ITSELF: TurboQuantKVCache,
+    Reader.LAYERS: SharedKVCache,
+    Reader.CODE: FetchedKVCache,
+}
 
 
 class CachePools:
     """Where all sequences of a model keep their pages.
 
     Prompt caches made here can be batched by mlx_lm, and copied, without a page being copied.
-    Layers of plain attention are compressed, those with a sliding window in a ring of blocks; the
-    others (SSM, MLA, layers that share their keys) keep the cache that mlx_lm gives them, which
-    no budget counts.
+    Layers that keep keys and values are compressed, those with a sliding window in a ring of
+    blocks; the others (SSM, MLA) keep the cache that mlx_lm gives them, which no budget counts.
 
     Args:
         model: a model that mlx_lm has loaded.
@@ -57,7 +64,8 @@ class CachePools:
     ):
         config = config or (calibration and calibration.config) or TurboQuantConfig.from_names()
         hook.install(model)
-        shapes = plain_attention(model)
+        layers = attention(model)
+        shapes = [x.shape if isinstance(x, Attention) else None for x in layers]
         centres = (calibration or from_biases(model)).centres
         if len(centres) != len(shapes) or not all(map(_fits, centres, shapes)):
             raise ValueError("the calibration was measured on a model of another shape")
@@ -68,30 +76,27 @@ class CachePools:
         self.block_size = config.block_size
         self.max_bytes = max_bytes
         self._caches = hook.host_caches(model, max_kv_size)
-        layers = zip(shapes, centres, windows(model), strict=True)
-        for layer, (shape, centre, window) in enumerate(layers):
-            if shape is not None:
-                head_dim, num_kv_heads = shape
-                pool = PagePool(PageLayout(config.for_layer(layer), head_dim), num_kv_heads)
-                self._caches[layer] = TurboQuantKVCache(
-                    pool, centre=centre, max_kv_size=max_kv_size, window=window
+        for i, (layer, centre) in enumerate(zip(layers, centres, strict=True)):
+            if isinstance(layer, Attention):
+                layout = PageLayout(config.for_layer(i), layer.head_dim, layer.v_head_dim)
+                pool = PagePool(layout, layer.num_kv_heads)
+                cache = CLASSES[layer.reader](
+                    pool, centre=centre, max_kv_size=max_kv_size, window=layer.window
                 )
+                self._caches[i] = with_keys(self._caches[i], cache)
         for pool in self._growing:
             pool.max_blocks = self.max_blocks
 
     @property
     def pools(self) -> list[PagePool]:
         """The pools of the compressed layers, in order."""
-        return [cache.pool for cache in self._ours]
-
-    @property
-    def _ours(self) -> list[TurboQuantKVCache]:
-        return [cache for cache in self._caches if isinstance(cache, TurboQuantKVCache)]
+        return [cache.pool for cache in all_compressed(self._caches)]
 
     @property
     def _growing(self) -> list[PagePool]:
         """The pools of layers without a window, which all hold as many blocks."""
-        return [cache.pool for cache in self._ours if not cache.sequences.window]
+        ours = all_compressed(self._caches)
+        return [cache.pool for cache in ours if not cache.sequences.window]
 
     @property
     def block_bytes(self) -> int:

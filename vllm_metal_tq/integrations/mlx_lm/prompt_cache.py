@@ -10,6 +10,7 @@ from ...calibration import Calibration
 from ...config import TurboQuantConfig
 from ...types import PromptCache
 from .cache import TurboQuantKVCache
+from .parts import all_compressed, parts
 from .pools import CachePools
 
 
@@ -37,9 +38,9 @@ class CacheReport:
 
 def report(prompt_cache: PromptCache) -> CacheReport:
     """Add up what ``prompt_cache`` holds; pools that it shares with others count whole."""
-    ours = [c for c in prompt_cache if isinstance(c, TurboQuantKVCache)]
-    others = [c for c in prompt_cache if not isinstance(c, TurboQuantKVCache)]
-    dense = sum(c.nbytes for c in others)
+    ours = all_compressed(prompt_cache)
+    every = [part for cache in prompt_cache for part in parts(cache)]
+    dense = sum(c.nbytes for c in every if not isinstance(c, TurboQuantKVCache))
     pools = {c.pool for c in ours}
     return CacheReport(
         layers=len(prompt_cache),

@@ -26,7 +26,9 @@ from ...calibration import named_weights
 from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
-from .probe import plain_attention, windows
+from .parts import compressed, parts
+from .pools import CLASSES
+from .probe import Attention, attention
 
 _FORMAT = "vllm-metal-tq prompt cache"
 _VERSION = "1"
@@ -203,8 +205,8 @@ def _rope_settings(settings: object) -> list[tuple[str, str]]:
 def _calibration_fingerprint(prompt_cache: PromptCache) -> str:
     """32 hexadecimal digits of the centres that the layers were encoded with."""
     digest = hashlib.sha256()
-    for layer, cache in enumerate(prompt_cache):
-        centre = cache.sequences.centre if isinstance(cache, TurboQuantKVCache) else None
+    for layer, cache in enumerate(map(compressed, prompt_cache)):
+        centre = cache.sequences.centre if cache else None
         for array in centre.arrays if centre else ():
             digest.update(f"{layer} {array.shape}".encode() + np.array(array).tobytes())
     return digest.hexdigest()[:32]
@@ -212,25 +214,32 @@ def _calibration_fingerprint(prompt_cache: PromptCache) -> str:
 
 def _of_model(prompt_cache: PromptCache, model: nn.Module) -> bool:
     """Whether exactly those layers are compressed that can be, as they would be for the model."""
-    shapes = plain_attention(model)
-    ours = [isinstance(cache, TurboQuantKVCache) for cache in prompt_cache]
-    return ours == [shape is not None for shape in shapes] and all(
-        shape is None
-        or ((cache.layout.head_dim, cache.pool.num_kv_heads), cache.sequences.window)
-        == (shape, window)
-        for cache, shape, window in zip(prompt_cache, shapes, windows(model), strict=True)
-    )
+    ours = map(compressed, prompt_cache)
+    return [cache and _attention_of(cache) for cache in ours] == [
+        found if isinstance(found, Attention) else None for found in attention(model)
+    ]
+
+
+def _attention_of(cache: TurboQuantKVCache) -> Attention:
+    """What a compressed cache serves."""
+    reader = next(reader for reader, kind in CLASSES.items() if kind is type(cache))
+    dims = cache.layout.head_dim, cache.layout.v_head_dim
+    return Attention(*dims, cache.pool.num_kv_heads, reader, cache.sequences.window)
 
 
 def _sequences(cache: object) -> int:
-    return len(cache.sequences) if isinstance(cache, TurboQuantKVCache) else 1
+    ours = compressed(cache)
+    return len(ours.sequences) if ours else 1
 
 
 def _record(cache: Any, name: str, arrays: dict[str, mx.array]) -> Record:
     """What the header says of one layer; its arrays join ``arrays``."""
     if isinstance(cache, TurboQuantKVCache):
         state = _packed(cache.compacted().state, name, arrays)
-        return {"class": TurboQuantKVCache.__name__, "config": _widths(cache), "state": state}
+        return {"class": type(cache).__name__, "config": _widths(cache), "state": state}
+    if isinstance(cache, host.CacheList):
+        several = [_record(part, f"{name}.{i}", arrays) for i, part in enumerate(parts(cache))]
+        return {"class": host.CacheList.__name__, "parts": several}
     record: Record = {"class": type(cache).__name__}
     # mlx_lm before 0.32 keeps numbers apart from arrays, and has no state for an empty cache.
     if hasattr(cache, "meta_state"):
@@ -270,9 +279,13 @@ def _unpacked(value: object, arrays: dict[str, mx.array]) -> Any:
 
 def _rebuilt(record: Record, made: PromptCache, layer: int, arrays: dict[str, mx.array]) -> Any:
     """The cache of one layer."""
+    if "parts" in record:
+        own = list(parts(made[layer]))
+        several = enumerate(record["parts"])
+        return host.CacheList(*(_rebuilt(part, own, i, arrays) for i, part in several))
     state = _unpacked(record["state"], arrays)
-    if record["class"] == TurboQuantKVCache.__name__:
-        cache = TurboQuantKVCache.from_state(state)
+    if record["class"] in hook.CACHES:
+        cache = hook.CACHES[record["class"]].from_state(state)
         if _widths(cache) != record["config"]:
             raise ValueError(f"layer {layer} has other widths than its header says")
         return cache
@@ -317,7 +330,8 @@ def _check_header(file: Path, header: dict[str, str], model: nn.Module) -> None:
 
 def _check_classes(file: Path, header: dict[str, str], records: list[Record]) -> None:
     """Our state is the same under every mlx_lm, the state of its own caches is not."""
-    others = {record["class"] for record in records} - {TurboQuantKVCache.__name__}
+    every = [part for record in records for part in record.get("parts", [record])]
+    others = {record["class"] for record in every} - set(hook.CACHES)
     if others and header["mlx_lm"] != _mlx_lm():
         raise _UnfitError(
             f"{_name(file)} holds {', '.join(sorted(others))} of mlx_lm {header['mlx_lm']}, which "

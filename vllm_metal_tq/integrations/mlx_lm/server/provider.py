@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.server import ModelProvider
 
 from .. import hook, lookup
+from ..parts import parts
 from ..pools import CachePools
 
 
@@ -64,7 +65,7 @@ class Provider(ModelProvider):
             self.model_key = (model_path, None, None)
         self.pools = self._make_pools(self.model, self.tokenizer)
         self.pools.attach()
-        caches = self.pools.make_prompt_cache()
+        caches = [part for cache in self.pools.make_prompt_cache() for part in parts(cache)]
         if self.draft_model is not None:
             lookup.check_trimmable(caches + hook.host_caches(self.draft_model))
         self.is_batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
