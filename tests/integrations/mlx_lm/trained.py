@@ -27,7 +27,7 @@ def trained(kind: Kind) -> nn.Module:
             module.sinks = mx.arange(module.sinks.size) + 2.0
         for name in UNTRAINED:
             if isinstance(module.get(name), mx.array):
-                module[name] = mx.random.normal(module[name].shape, key=mx.random.key(0))
+                module[name] = mx.random.normal(module[name].shape, scale=0.5, key=mx.random.key(0))
         for name in ("quant_key_scale", "quant_value_scale"):
             if name in module:  # steps of 1 would round small keys and values to zero
                 module[name] = mx.array(0.01)
