@@ -333,7 +333,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
     """Sequences of one layer that join and leave at any step, as mlx_lm's BatchGenerator asks.
 
     Padding is never stored: of each chunk only the columns that are tokens. ``merge`` makes it of
-    caches; ``pool`` and the options are those of ``TurboQuantKVCache``.
+    caches; ``pool``, ``centre``, ``max_kv_size`` and ``window`` are those of ``TurboQuantKVCache``.
     """
 
     _left: Sequence[int] = ()  # of each sequence, padding still to come before its first token
