@@ -23,7 +23,7 @@ from ...tail import TAIL
 STATE_VERSION = 4  # 3 had no windows
 
 
-class WindowMask(mx.array):  # type: ignore[misc]  # MLX's arrays may be extended
+class WindowMask(mx.array):
     """bool ``(L, S + L)``: a chunk and the tokens before it, each seen within a window of them.
 
     An array, because mlx_lm's own caches of the model may be given it, too; ours know what it says

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -85,7 +86,7 @@ def _replaceable(cache: object) -> bool:
     return type(cache) is host.KVCache or window(cache) > 0
 
 
-def window(cache: object) -> int:
+def window(cache: Any) -> int:
     """How many tokens a query sees of what mlx_lm's cache of a layer keeps; 0 is all."""
     rotates = type(cache) is host.RotatingKVCache and cache.keep == 0
     return int(cache.max_size) if rotates else 0
