@@ -199,6 +199,17 @@ class TestRopes:
         ropes = layer_ropes(build("smollm3", no_rope_layer_interval=2))
         assert [bool(found.pairs[:, 2].any()) for found in ropes] == [True, False, True]
 
+    def test_of_windows_is_their_own(self, every_layer):
+        fields = {"sliding_window": 48, "sliding_window_pattern": 2, "head_dim": 64}
+        bases = {"rope_local_base_freq": 1e4, "rope_theta": 1e6}
+        model = build("gemma3_text", num_hidden_layers=4, **fields, **bases)
+        expected = [rope.probe(nn.RoPE(64, base=b), 64).pairs for b in (1e4, 1e6)] * 2
+        for found, pairs in zip(layer_ropes(model), expected, strict=True):
+            assert np.array_equal(found.pairs, pairs)
+        centres = calibrate(model, tokens(300)[0].tolist()).centres
+        for centre, pairs in zip(centres, expected, strict=True):
+            assert np.array_equal(centre.pairs, pairs)
+
     def test_of_learned_positions_is_none(self, every_layer):
         sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 4096, "n_ctx": 4096}
         model = build("gpt2", **sizes, layer_norm_epsilon=1e-5)

@@ -15,7 +15,7 @@ TurboQuantConfig.label
 TurboQuantConfig.layers
 TurboQuantConfig.preset
 TurboQuantConfig.v_quant
-TurboQuantKVCache(pool, *, centre=None, max_kv_size=None)
+TurboQuantKVCache(pool, *, centre=None, max_kv_size=None, window=0)
 TurboQuantKVCache.attend(self, queries, keys, values, scale, mask, sinks)
 TurboQuantKVCache.bits
 TurboQuantKVCache.compacted(self)
@@ -41,7 +41,7 @@ save_prompt_cache(file_name, prompt_cache, model, metadata=None)
 """
 
 MLX_LM = """
-BatchTurboQuantKVCache(pool, *, centre=None, max_kv_size=None)
+BatchTurboQuantKVCache(pool, *, centre=None, max_kv_size=None, window=0)
 BatchTurboQuantKVCache.extend(self, other)
 BatchTurboQuantKVCache.filter(self, batch_indices)
 BatchTurboQuantKVCache.finalize(self)

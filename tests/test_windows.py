@@ -34,6 +34,8 @@ def tokens(count, seed=0):
 def run(sequences, chunks, mask=lambda length, stored: "causal", seed=0):
     """What each of the chunks gets, ``(1, HEADS, sum(chunks), HEAD_DIM)``."""
     text, outputs, start = tokens(sum(chunks), seed), [], 0
+    if sequences.centre:  # keys around the mean are those that are stored without it
+        text[1] = text[1] + sequences.centre.at(mx.arange(sum(chunks)) + sequences.offsets[0])
     for count in chunks:
         q, k, v = (x[:, :, start : start + count] for x in text)
         sequences.store(k, v)

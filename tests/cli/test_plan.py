@@ -115,10 +115,11 @@ def test_figures_are_whole_in_a_narrow_terminal_and_notes_come_once(capsys, monk
     monkeypatch.setenv("COLUMNS", "80")
     flags = ("--weights-bits", "4", "--context", "8192", "--chip", "M1")
     _, out, _ = plan(capsys, "--model", "gpt-oss-20b", "--memory", "24GB", *flags)
-    assert "1,250,080" in out
+    assert "1,250,608" in out
     assert "…" not in out
-    assert out.count("tq8, tq6, tq4, tq3, tq2: compresses 12 of 24 layers") == 1
     assert out.count("mlx_lm 8-bit, mlx_lm 4-bit: mlx_lm quantises no sliding windows") == 1
+    _, out, _ = plan(capsys, "--model", "gemma-4-e2b", "--memory", "24GB", *flags)
+    assert out.count("tq8, tq6, tq4, tq3, tq2: compresses 13 of 15 layers") == 1
 
 
 def test_the_plot_is_a_picture(capsys, tmp_path):

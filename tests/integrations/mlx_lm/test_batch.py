@@ -236,3 +236,37 @@ def test_a_limited_batch_drops_old_blocks_of_each_sequence(model):
             expected = model(step[i : i + 1], cache=cache)
             assert mx.abs(out[i] - expected[0]).max().item() < ROUNDING
     assert max(batch[0].sequences.lengths) <= 48
+
+
+@pytest.mark.parametrize("model", ["windows"], indirect=True)
+def test_a_budget_counts_what_grows_with_a_sequence(model):
+    one = CachePools(model).pools[2].block_bytes
+    pools = CachePools(model, max_bytes=10 * one)
+    assert (pools.max_blocks, pools.block_bytes) == (10, one)
+    cache = pools.make_prompt_cache()
+    for seed in range(20):
+        model(tokens(8, seed=seed), cache=cache)
+    assert (pools.used_blocks, pools.num_blocks) == (10, 10)
+    assert pools.used_bytes == sum(layer.nbytes - layer.sequences.tail.nbytes for layer in cache)
+    with pytest.raises(OutOfBlocks, match="10 of 10 are in use"):
+        model(tokens(1), cache=cache)
+    assert cache[2].size() == cache[2].offset == 160
+
+
+@pytest.mark.parametrize("model", ["windows"], indirect=True)
+def test_a_fork_of_a_prefix_holds_what_its_windows_see(model, pools):
+    prefix = pools.make_prompt_cache()
+    model(tokens(300), cache=prefix)
+    forks = [copy.deepcopy(prefix) for _ in range(3)]
+    for i, cache in enumerate(forks):
+        for step in range(60):
+            model(tokens(1, seed=100 * i + step), cache=cache)
+    cold = pools.make_prompt_cache()
+    model(tokens(300), cache=cold)
+    for step in range(60):
+        model(tokens(1, seed=100 + step), cache=cold)
+    last = tokens(1, seed=11)
+    assert mx.array_equal(model(last, cache=cold), model(last, cache=forks[1]))
+    del cold
+    assert prefix[0].size() == 300
+    assert forks[0][0].size() < 40 + 22 + 16

@@ -17,6 +17,7 @@ from vllm_metal_tq.integrations.mlx_lm import calibrate
 from vllm_metal_tq.integrations.mlx_lm.measure import layer_ropes
 
 CODES = TurboQuantConfig(k_bits=3, v_bits=8)  # errors are those of keys
+WINDOWS = [*["sliding_attention"] * 2, "full_attention"]
 TURNING = {  # pairs of a head's 32
     "plain": 32,
     "Llama 3": 32,
@@ -25,6 +26,7 @@ TURNING = {  # pairs of a head's 32
     "partial": 16,
     "partial M-RoPE": 8,
     "none": 0,
+    "windows": 32,
 }
 
 
@@ -49,6 +51,7 @@ def model_of(name):
             rope_parameters=MROPE | {"partial_rotary_factor": 0.25},
         ),
         "none": lambda: build("smollm3", **HEADS, no_rope_layers=[0, 0, 0], attention_bias=True),
+        "windows": lambda: llama(sliding_window=150, layer_types=WINDOWS),
     }[name]()
     for _, module in model.named_modules():
         if "k_proj" in module:

@@ -4,6 +4,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import models
@@ -13,6 +14,7 @@ import serve_load
 import serving
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.server import ModelProvider
 from prometheus_client.parser import text_string_to_metric_families
 from serving import client, get, health, post, server, wait_for
 
@@ -21,6 +23,7 @@ from vllm_metal_tq.integrations.mlx_lm import CachePools
 from vllm_metal_tq.integrations.mlx_lm.server import ServerOptions, errors, sessions
 from vllm_metal_tq.integrations.mlx_lm.server.admission import Admission
 from vllm_metal_tq.integrations.mlx_lm.server.prompts import PromptCache
+from vllm_metal_tq.integrations.mlx_lm.server.provider import Provider
 
 BLOCK = 16
 LONG = {str(serving.END): -100}  # a logit bias: the text does not end before max_tokens
@@ -116,6 +119,42 @@ def test_what_a_client_gets_is_what_mlx_lm_generates(served, model):
     prompt = "the quick brown fox jumps over the lazy dog"
     alone = models.greedy(model, CachePools(model).make_prompt_cache(), _array(words, prompt), 10)
     assert text_of(served, prompt, 10) == words.decode(alone)
+
+
+def test_windows_that_wrap_are_served_to_several_at_once():
+    kinds = ["sliding_attention"] * 2 + ["full_attention"]
+    model = models.llama(sliding_window=40, layer_types=kinds)
+    tq8, words = TurboQuantConfig.from_names("tq8"), serving.tokenizer()
+    prompts = [f"{name} " * 20 for name in ("one", "three", "seven")]
+    alone = [
+        words.decode(
+            models.greedy(model, CachePools(model, tq8).make_prompt_cache(), _array(words, p), 40)
+        )
+        for p in prompts
+    ]
+    with server(model=model, preset="tq8", blocks=200) as running:
+        for _ in range(2):  # the second time from the prompt cache
+            with ThreadPoolExecutor() as pool:
+                answers = list(pool.map(lambda p: text_of(running, p, 40), prompts))
+            assert answers == alone
+        pools = running.generator.model_provider.pools
+        assert [pool.max_blocks is None for pool in pools.pools] == [True, True, False]
+        entries = metrics(running)["prompt_cache_sequences"]
+        held = (40 + 22 + len(prompts[2]) + 15) // 16  # blocks of a window and a chunk
+        assert pools.pools[0].num_used <= entries * held
+
+
+def test_a_draft_model_beside_windows_is_refused(model, monkeypatch):
+    kinds = ["sliding_attention"] * 2 + ["full_attention"]
+    windows = models.llama(sliding_window=40, layer_types=kinds)
+
+    def load(self, *names):
+        self.model, self.draft_model, self.tokenizer = windows, model, serving.tokenizer()
+
+    monkeypatch.setattr(ModelProvider, "_load", load)
+    provider = Provider(serving.options(), lambda name: None, lambda model, _: CachePools(model))
+    with pytest.raises(ValueError, match="which TurboQuantKVCache cannot do for this model"):
+        provider.load()
 
 
 def _array(words, prompt):

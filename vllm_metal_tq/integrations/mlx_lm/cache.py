@@ -23,7 +23,7 @@ from ...tail import TAIL
 STATE_VERSION = 4  # 3 had neither windows nor values of another head_dim
 
 
-class WindowMask(mx.array):  # MLX's arrays may be extended
+class WindowMask(mx.array):
     """bool ``(L, S + L)``: a chunk and the tokens before it, each seen within a window of them.
 
     An array, because mlx_lm's own caches of the model may be given it, too; ours know what it says
@@ -334,7 +334,7 @@ class BatchTurboQuantKVCache(TurboQuantKVCache):
     """Sequences of one layer that join and leave at any step, as mlx_lm's BatchGenerator asks.
 
     Padding is never stored: of each chunk only the columns that are tokens. ``merge`` makes it of
-    caches; ``pool`` and the options are those of ``TurboQuantKVCache``.
+    caches; ``pool``, ``centre``, ``max_kv_size`` and ``window`` are those of ``TurboQuantKVCache``.
     """
 
     _left: Sequence[int] = ()  # of each sequence, padding still to come before its first token
