@@ -211,17 +211,21 @@ def _calibration_fingerprint(prompt_cache: PromptCache) -> str:
 
 def _of_model(prompt_cache: PromptCache, model: nn.Module) -> bool:
     """Whether exactly those layers are compressed that can be, with vectors of the right size."""
-    found = [
-        cache
-        and (type(cache), cache.layout.head_dim, cache.layout.v_head_dim, cache.pool.num_kv_heads)
-        for cache in map(compressed, prompt_cache)
-    ]
-    return found == [
-        (CLASSES[x.reader], x.head_dim, x.v_head_dim, x.num_kv_heads)
-        if isinstance(x, Attention)
-        else None
-        for x in attention(model)
-    ]
+    layers = attention(model)
+    return len(prompt_cache) == len(layers) and all(
+        map(_serves, map(compressed, prompt_cache), layers)
+    )
+
+
+def _serves(cache: TurboQuantKVCache | None, layer: Attention | str) -> bool:
+    if cache is None or isinstance(layer, str):
+        return cache is None and isinstance(layer, str)
+    sizes = cache.layout.head_dim, cache.layout.v_head_dim, cache.pool.num_kv_heads
+    return isinstance(cache, CLASSES[layer.reader]) and sizes == (
+        layer.head_dim,
+        layer.v_head_dim,
+        layer.num_kv_heads,
+    )
 
 
 def _sequences(cache: object) -> int:
@@ -232,8 +236,9 @@ def _sequences(cache: object) -> int:
 def _record(cache: Any, name: str, arrays: dict[str, mx.array]) -> Record:
     """What the header says of one layer; its arrays join ``arrays``."""
     if isinstance(cache, TurboQuantKVCache):
-        state = _packed(cache.compacted().state, name, arrays)
-        return {"class": type(cache).__name__, "config": _widths(cache), "state": state}
+        one = cache.extract(0)  # which a batch of one has
+        state = _packed(one.compacted().state, name, arrays)
+        return {"class": type(one).__name__, "config": _widths(cache), "state": state}
     if isinstance(cache, host.CacheList):
         several = [_record(part, f"{name}.{i}", arrays) for i, part in enumerate(parts(cache))]
         return {"class": host.CacheList.__name__, "parts": several}
