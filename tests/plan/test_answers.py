@@ -160,11 +160,11 @@ def test_what_an_engine_does_not_offer_says_why(name, engine, scheme, reason):
         engine(model(name), scheme)
 
 
-def test_what_mlx_lm_layers_share_stays_as_it_is():
+def test_what_mlx_lm_layers_share_is_compressed():
     answer = made("gemma-4-e2b", memory=16 * machine.GIB)
     tq4 = row(answer, "tq4")
-    assert tq4.note == "compresses 13 of 15 layers"
-    assert tq4.bytes_per_token == 2 * 512 * 2 + 2 * 516  # one layer in bf16, two compressed
+    assert tq4.note == "compresses 15 of 15 layers"
+    assert tq4.bytes_per_token == 3 * 516
 
 
 def test_vllm_keeps_the_whole_context_of_windows():

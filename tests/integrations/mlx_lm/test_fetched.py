@@ -204,10 +204,13 @@ class TestShared:
 
     @pytest.mark.parametrize("cls", [SharedKVCache, FetchedKVCache])
     def test_dropped_tokens_are_dropped_for_every_reader(self, cls, as_if):
-        model = llama()
+        model = llama(attention_bias=True)
+        for layer in model.layers:  # means, which turn with the position
+            shape = layer.self_attn.k_proj.bias.shape
+            layer.self_attn.k_proj.bias = 3 * mx.random.normal(shape, key=mx.random.key(1))
 
         def logits():
-            cache = make_prompt_cache(model, TQ4, max_kv_size=48)
+            cache = make_prompt_cache(model, TQ4, max_kv_size=80)
             for chunk in (tokens(70), tokens(20, seed=1)):
                 model(chunk, cache=cache)
             return following(model, cache)

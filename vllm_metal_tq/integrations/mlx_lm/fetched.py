@@ -18,7 +18,7 @@ from .cache import BatchTurboQuantKVCache, TurboQuantKVCache
 Pair = tuple[mx.array, mx.array]
 """Keys and values."""
 
-_owners: WeakValueDictionary[int, _Shared] = WeakValueDictionary()
+_owners: WeakValueDictionary[int, SharedKVCache] = WeakValueDictionary()
 """Whose stand-ins are handed out, by the id of those for keys."""
 
 
@@ -28,11 +28,13 @@ def owner(keys: mx.array, values: mx.array) -> TurboQuantKVCache | None:
     return cache if cache is not None and cache.handed_out(keys, values) else None
 
 
-class _Shared(TurboQuantKVCache):
-    """Hands out stand-ins: of the shape that all tokens would have, NaN in every element.
+class SharedKVCache(TurboQuantKVCache):
+    """The compressed cache of a layer whose keys and values other layers read too.
 
-    They take no memory. Whatever reads them other than through mlx_lm's attention function shows
-    NaN instead of a context that is missing. Held besides is the last chunk as it came, because
+    Nothing is stored twice, and every reader attends to the pages. What is handed out are
+    stand-ins: of the shape that all tokens would have, NaN in every element, and no memory.
+    Whatever reads them other than through mlx_lm's attention function shows NaN, instead of a
+    context of which most is missing. The last chunk is held as it came until the next, because
     readers to come see it so.
     """
 
@@ -41,7 +43,7 @@ class _Shared(TurboQuantKVCache):
 
     def __deepcopy__(self, memo: object) -> TurboQuantKVCache:
         other = super().__deepcopy__(memo)
-        assert isinstance(other, _Shared)
+        assert isinstance(other, SharedKVCache)
         other._chunk = other._stand_ins = None
         return other
 
@@ -93,13 +95,6 @@ class _Shared(TurboQuantKVCache):
         assert self._chunk
         return super().attend(queries, *self._chunk, scale, mask, sinks)
 
-
-class SharedKVCache(_Shared):
-    """The compressed cache of a layer whose keys and values other layers read too.
-
-    Nothing is stored twice, and every reader attends to the pages.
-    """
-
     def extract(self, idx: int) -> SharedKVCache:
         """One sequence, as a cache of its own that shares the blocks."""
         return SharedKVCache.of(self.sequences.take([idx]))
@@ -110,12 +105,8 @@ class SharedKVCache(_Shared):
         return BatchSharedKVCache.of(TurboQuantKVCache.merge(caches).sequences)
 
 
-class BatchSharedKVCache(_Shared, BatchTurboQuantKVCache):
+class BatchSharedKVCache(SharedKVCache, BatchTurboQuantKVCache):
     """Sequences of such a layer that join and leave at any step."""
-
-    def extract(self, idx: int) -> SharedKVCache:
-        """One sequence, as a cache of its own that shares the blocks."""
-        return SharedKVCache.of(self.sequences.take([idx]))
 
 
 class FetchedKVCache(TurboQuantKVCache):

@@ -214,17 +214,18 @@ def _calibration_fingerprint(prompt_cache: PromptCache) -> str:
 
 def _of_model(prompt_cache: PromptCache, model: nn.Module) -> bool:
     """Whether exactly those layers are compressed that can be, as they would be for the model."""
-    ours = map(compressed, prompt_cache)
-    return [cache and _attention_of(cache) for cache in ours] == [
-        found if isinstance(found, Attention) else None for found in attention(model)
-    ]
+    layers = attention(model)
+    return len(prompt_cache) == len(layers) and all(
+        map(_serves, map(compressed, prompt_cache), layers)
+    )
 
 
-def _attention_of(cache: TurboQuantKVCache) -> Attention:
-    """What a compressed cache serves."""
-    reader = next(reader for reader, kind in CLASSES.items() if kind is type(cache))
+def _serves(cache: TurboQuantKVCache | None, layer: Attention | str) -> bool:
+    if cache is None or isinstance(layer, str):
+        return cache is None and isinstance(layer, str)
     dims = cache.layout.head_dim, cache.layout.v_head_dim
-    return Attention(*dims, cache.pool.num_kv_heads, reader, cache.sequences.window)
+    served = Attention(*dims, cache.pool.num_kv_heads, layer.reader, cache.sequences.window)
+    return isinstance(cache, CLASSES[layer.reader]) and served == layer
 
 
 def _sequences(cache: object) -> int:
@@ -235,8 +236,9 @@ def _sequences(cache: object) -> int:
 def _record(cache: Any, name: str, arrays: dict[str, mx.array]) -> Record:
     """What the header says of one layer; its arrays join ``arrays``."""
     if isinstance(cache, TurboQuantKVCache):
-        state = _packed(cache.compacted().state, name, arrays)
-        return {"class": type(cache).__name__, "config": _widths(cache), "state": state}
+        one = cache.extract(0)  # which a batch of one has
+        state = _packed(one.compacted().state, name, arrays)
+        return {"class": type(one).__name__, "config": _widths(cache), "state": state}
     if isinstance(cache, host.CacheList):
         several = [_record(part, f"{name}.{i}", arrays) for i, part in enumerate(parts(cache))]
         return {"class": host.CacheList.__name__, "parts": several}
