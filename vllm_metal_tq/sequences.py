@@ -283,7 +283,7 @@ class Sequences:
                 mask, length, table.num_tokens, keys.shape[2], self.raw_window
             )
             past_length = table.num_tokens
-        return dispatch.attend(
+        output = dispatch.attend(
             queries,
             keys,
             values,
@@ -296,6 +296,9 @@ class Sequences:
             centre=self.centre,
             shift=shift,
         )
+        # What was stored and not read comes with the output, as the caches of mlx_lm do: another
+        # thread, which may go on, could not evaluate what this one began.
+        return mx.depends([output], [self.pool.pages, *self.tail.arrays])[0]
 
     @property
     def block_table(self) -> mx.array:

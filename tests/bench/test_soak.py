@@ -27,7 +27,8 @@ EMPTY = soak.Quiet(blocks=0, array_bytes=5_000_000)
 
 def samples(rss):
     """Half an hour of samples; ``rss(seconds)`` is what is added to resident memory."""
-    return [replace(FLAT, seconds=s, rss_bytes=FLAT.rss_bytes + int(rss(s))) for s in range(2, 1802)]
+    bytes_at = {s: FLAT.rss_bytes + int(rss(s)) for s in range(2, 1802)}
+    return [replace(FLAT, seconds=s, rss_bytes=count) for s, count in bytes_at.items()]
 
 
 def sawtooth(seconds):
@@ -92,4 +93,3 @@ def test_a_short_soak_writes_samples_figures_and_a_drawing(monkeypatch, tmp_path
     assert figures == json.loads((tmp_path / "soak.json").read_text())
     assert len((tmp_path / "soak.csv").read_text().splitlines()) > 4
     assert "RSS" in (tmp_path / "flat_memory.svg").read_text()
-
