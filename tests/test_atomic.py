@@ -18,6 +18,7 @@ import pytest
 from vllm_metal_tq import atomic
 
 SIZE = 300_000
+KILLS = 40
 OLD, NEW = b"o" * SIZE, b"n" * SIZE
 STEPS = ("before", "open", "half", "whole", "sync", "rename", "folder", "never")
 
@@ -73,16 +74,16 @@ def unfinished(file):
     return [other for other in file.parent.iterdir() if other.name.endswith(atomic.SUFFIX)]
 
 
-def write(file, content=NEW):
-    with atomic.replacing(file, "the test", len(content)) as stream:
-        stream.write(content)
+def write(file, some=lambda stream: stream.write(NEW)):
+    with atomic.replacing(file, "the test", SIZE) as stream:
+        some(stream)
 
 
 def test_a_file_is_made_and_replaced_with_the_usual_rights(tmp_path):
     file, plain = tmp_path / "a [1] b*.safetensors", tmp_path / "plain"
     plain.touch()
     for content in (OLD, NEW):
-        write(file, content)
+        write(file, lambda stream, content=content: stream.write(content))
         assert file.read_bytes() == content
     assert file.stat().st_mode == plain.stat().st_mode
     assert sorted(tmp_path.iterdir()) == sorted([file, plain])
@@ -98,7 +99,7 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new(file, step):
 
 def test_writers_killed_at_random_moments_leave_the_old_or_the_new(file):
     chance, seen = random.Random(0), set()
-    for _ in range(60):
+    for _ in range(KILLS):
         command = [sys.executable, "-c", LOAD + KILLED_ANY_TIME, str(file)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             writer.stdout.readline()
@@ -118,12 +119,13 @@ def test_writers_killed_at_random_moments_leave_the_old_or_the_new(file):
 
 def test_what_another_writer_is_about_to_finish_is_not_removed(file):
     with atomic.replacing(file, "the test", SIZE) as stream:
-        stream.write(NEW)
+        stream.write(OLD[1:])
         (own,) = unfinished(file)
         os.utime(own, (0, 0))
-        write(file, OLD)
+        write(file)
         assert unfinished(file) == [own]
-    assert file.read_bytes() == NEW
+        assert file.read_bytes() == NEW
+    assert file.read_bytes() == OLD[1:]
     assert unfinished(file) == []
 
 
@@ -148,15 +150,15 @@ def test_an_error_says_what_where_and_how_much(file, monkeypatch, code, where):
     def failing(*_):
         raise OSError(code, os.strerror(code))
 
-    if where == "fsync":
-        monkeypatch.setattr(os, "fsync", failing)
-    with (
-        pytest.raises(OSError, match=r"the test cannot be written.*300000 bytes") as found,
-        atomic.replacing(file, "the test", SIZE) as stream,
-    ):
+    def write_some(stream):
         stream.write(NEW)
         if where == "write":
             failing()
+
+    if where == "fsync":
+        monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=r"the test cannot be written.*300000 bytes") as found:
+        write(file, write_some)
     assert (found.value.errno, found.value.filename) == (code, str(file))
     assert os.strerror(code) in str(found.value)
     assert file.read_bytes() == OLD

@@ -7,9 +7,11 @@ class, and calls the original, with the same arguments, for every other cache.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +34,7 @@ Attended = tuple[mx.array, mx.array, mx.array, object]
 """Queries, keys and values of an attention, and the cache or None."""
 
 _rebound: dict[int, Namespace] = {}  # by id: a model's file may be no entry of sys.modules
-_watchers: list[list[Attended]] = []
+_watchers: ContextVar[tuple[list[Attended], ...]] = ContextVar("watchers", default=())
 
 
 def _attention(
@@ -44,7 +46,7 @@ def _attention(
     mask: Mask,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    for seen in _watchers:
+    for seen in _watchers.get():
         seen.append((queries, keys, values, cache))
     attend: Callable[..., mx.array] | None = getattr(cache, "attend", None)
     if attend is None:
@@ -76,24 +78,21 @@ def uninstall() -> None:
 
 @contextmanager
 def watched() -> Iterator[list[Attended]]:
-    """Every attention inside."""
+    """Every attention inside, of this thread."""
     seen: list[Attended] = []
-    _watchers.append(seen)
+    token = _watchers.set((*_watchers.get(), seen))
     try:
         yield seen
     finally:
-        _watchers.remove(seen)
+        _watchers.reset(token)
 
 
 def host_caches(model: nn.Module, max_kv_size: int | None = None) -> PromptCache:
     """The caches that mlx_lm itself makes for ``model``, whatever was attached to it."""
-    attached = vars(model).pop("make_cache", None)
-    try:
-        caches: PromptCache = host.make_prompt_cache(model, max_kv_size)
-        return caches
-    finally:
-        if attached is not None:
-            model.make_cache = attached
+    bare = copy.copy(model)  # another thread may be making caches of the attached pools
+    vars(bare).pop("make_cache", None)
+    caches: PromptCache = host.make_prompt_cache(bare, max_kv_size)
+    return caches
 
 
 def _own(model: nn.Module) -> list[Namespace]:
