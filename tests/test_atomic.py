@@ -6,7 +6,6 @@ Writers run in processes of their own, which load ``atomic.py`` alone: hundreds 
 import errno
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from limits import largest_file
 
 from vllm_metal_tq import atomic
 
@@ -166,15 +166,8 @@ def test_an_error_says_what_where_and_how_much(file, monkeypatch, code, where):
 
 
 def test_a_limit_of_the_system_is_an_error(file):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write(file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with largest_file(SIZE // 2), pytest.raises(OSError, match="File too large"):
+        write(file)
     assert file.read_bytes() == OLD
     assert unfinished(file) == []
 

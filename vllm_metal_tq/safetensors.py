@@ -44,5 +44,5 @@ def write(
     """
     arrays = arrays or {"none": mx.zeros(1)}  # safetensors cannot be empty
     with replacing(file, what, sum(array.nbytes for array in arrays.values())) as stream:
-        mx.save_safetensors(stream, arrays, metadata)  # type: ignore[arg-type]  # a file will do
+        mx.save_safetensors(stream, arrays, metadata)
         finish(stream)

@@ -298,7 +298,9 @@ class Sequences:
         )
         # What was stored and not read comes with the output, as the caches of mlx_lm do: another
         # thread, which may go on, could not evaluate what this one began.
-        return mx.depends([output], [self.pool.pages, *self.tail.arrays])[0]
+        stored = [self.pool.pages, *(self.tail.arrays or ())]
+        whole: mx.array = mx.depends(output, stored)
+        return whole
 
     @property
     def block_table(self) -> mx.array:
