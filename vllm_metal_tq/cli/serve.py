@@ -51,8 +51,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allowed-origins",
         type=lambda text: text.split(","),
-        default="*",
-        help="web origins whose pages may ask, with commas between them",
+        default="local",
+        help="web origins whose pages may ask, with commas between them; local: those of this "
+        "machine (the default), *: all",
     )
     parser.add_argument(
         "--kv-budget",
