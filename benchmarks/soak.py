@@ -22,11 +22,12 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
@@ -189,13 +190,13 @@ class Traffic:
             return "invalid"
         raise ValueError(f"{field} {value!r} was taken")
 
-    def _answer(self, chance: random.Random, messages: list[dict[str, str]]) -> str:
+    def _answer(self, chance: random.Random, messages: list[Any]) -> str:
         if chance.random() < 0.5:
             return self._create(chance, messages).choices[0].message.content or ""
         with self._create(chance, messages, stream=True) as stream:
             return "".join(part.choices[0].delta.content or "" for part in stream)
 
-    def _create(self, chance: random.Random, messages: list[dict[str, str]], **options):
+    def _create(self, chance: random.Random, messages: list[Any], **options: Any) -> Any:
         options = {
             "max_tokens": chance.randint(1, self._max_tokens),
             "temperature": chance.choice([0, 1]),
@@ -212,10 +213,10 @@ def metrics(url: str) -> dict[str, float]:
     """What ``/metrics`` says, by name; requests of all outcomes are added up."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=PATIENCE) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for sample in (sample for family in families for sample in family.samples):
         found[sample.name.removeprefix("turboquant_")] += sample.value
-    return found
+    return dict(found)
 
 
 def sample(url: str, process: psutil.Process, started: float) -> Sample:
@@ -281,7 +282,9 @@ def watch(url: str, pid: int, stop: threading.Event, samples: list[Sample], file
             stream.flush()
 
 
-def soak(model: str, minutes: float, clients: int, flags: Sequence[str], file: Path) -> dict:
+def soak(
+    model: str, minutes: float, clients: int, flags: Sequence[str], file: Path
+) -> dict[str, Any]:
     """Serve random traffic; returns figures, of which ``faults`` should be empty.
 
     Args:
