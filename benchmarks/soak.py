@@ -248,8 +248,9 @@ def growth(samples: Sequence[Sample], name: str = "rss_bytes") -> float:
     time has ``SPANS``. The growth is the median slope of all pairs of spans (Theil and Sen), which
     a few odd ones do not move.
     """
-    span = samples[-1].seconds / SPANS
-    settled = [s for s in samples if s.seconds >= SETTLING * SPANS * span]
+    end = samples[-1].seconds
+    span = end / SPANS
+    settled = [s for s in samples if s.seconds >= SETTLING * end]
     spans = groupby(settled, key=lambda s: int(s.seconds / span))
     floors = [(span * i / 3600, min(getattr(s, name) for s in of)) for i, of in spans]
     pairs = [(a, b) for i, a in enumerate(floors) for b in floors[i + 1 :]]
