@@ -1,6 +1,7 @@
 """Serve a model over HTTP, as OpenAI's API, with a compressed KV cache.
 
-Flags have the names and defaults of ``mlx_lm.server`` where both have them.
+Flags have the names of ``mlx_lm.server`` where both have them, and its defaults, but that pages of
+other sites may not ask.
 """
 
 from __future__ import annotations
