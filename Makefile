@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 VLLM_OLDEST := 0.27.1
 VLLM := 0.32.0
 
-.PHONY: demo test test-oldest test-vllm test-vllm-matrix e2e-vllm mutants lint format docs clean
+.PHONY: demo test test-oldest test-vllm test-vllm-matrix e2e-vllm mutants audit soak lint format docs clean
 
 demo: $(READY)
 	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
@@ -41,6 +41,14 @@ e2e-vllm: .venv-e2e-vllm/.ready
 mutants: $(READY)
 	$(BIN)/python -m pytest -m nightly
 
+# Known vulnerabilities of the dependencies, and their licences; asks PyPI.
+audit: $(READY)
+	$(BIN)/python scripts/audit.py
+
+# Half an hour of random traffic against a real server; results in soak/.
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py --model demo --minutes 30 --out soak
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +66,4 @@ $(READY): pyproject.toml Makefile scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-vllm-* .venv-e2e-vllm site dist
+	rm -rf $(VENV) .venv-oldest .venv-vllm-* .venv-e2e-vllm site dist soak

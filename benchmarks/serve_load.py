@@ -259,6 +259,13 @@ def tiny_model(folder: Path) -> None:
 @contextmanager
 def server(model: str, *flags: str):
     """``vllm-metal-tq serve`` on a free port; yields its URL."""
+    with process(model, *flags) as (_, url):
+        yield url
+
+
+@contextmanager
+def process(model: str, *flags: str):
+    """The same; yields its process as well, ``(Popen, url)``."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     code = "import sys; from vllm_metal_tq.cli import main; sys.exit(main())"
@@ -268,7 +275,7 @@ def server(model: str, *flags: str):
     try:
         if not running.stdout.readline():
             raise RuntimeError("the server did not start")
-        yield f"http://127.0.0.1:{port}"
+        yield running, f"http://127.0.0.1:{port}"
     finally:
         running.terminate()
         running.wait(60)

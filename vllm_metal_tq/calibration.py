@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -48,7 +47,11 @@ class Calibration:
     config: TurboQuantConfig | None = None
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file; what it replaces stays whole until then."""
+        """Write a safetensors file; what it replaces stays whole until then.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         arrays = {
             f"{i}.{name}": array
             for i, centre in enumerate(self.centres)
@@ -62,12 +65,8 @@ class Calibration:
             "layers": str(len(self.centres)),
             "widths": self.config.layers if self.config else "",
         }
-        # safetensors cannot be empty.
-        arrays = arrays or {"none": mx.zeros(1)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{file.stem}.{os.getpid()}.safetensors")
-        mx.save_safetensors(str(scratch), arrays, metadata)
-        scratch.replace(file)
+        safetensors.write(file, "the calibration", arrays, metadata)
 
 
 def load(file: Path, model: nn.Module) -> Calibration:

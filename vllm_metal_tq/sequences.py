@@ -302,7 +302,7 @@ class Sequences:
         if self.raw_window is not None:
             mask = attention.decode_mask(mask, length, num_tokens, keys.shape[2], self.raw_window)
             past_length = num_tokens
-        return dispatch.attend(
+        output = dispatch.attend(
             queries,
             keys,
             values,
@@ -315,6 +315,16 @@ class Sequences:
             centre=self.centre,
             shift=shift + unseen,
         )
+        return self._with_stored(output)
+
+    def _with_stored(self, output: mx.array) -> mx.array:
+        """``output``, with which comes what was stored and not read, as mlx_lm's caches have it.
+
+        Another thread, which may go on, could not evaluate what this one began.
+        """
+        stored = [self.pool.pages, *(self.tail.arrays or ())]
+        whole: mx.array = mx.depends(output, stored)
+        return whole
 
     def _unseen(self, num_tokens: int, length: int, recent: int) -> int:
         """How many of a sequence's tokens need not be read: whole blocks, or the whole past.
@@ -367,7 +377,7 @@ class Sequences:
         all_keys, all_values = (
             mx.concatenate(list(x)) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)
         )
-        return all_keys, all_values[..., : values.shape[-1]]
+        return self._with_stored(all_keys), all_values[..., : values.shape[-1]]
 
     def _restored(self, which: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys, values = self._with_recent(which, keys, values)

@@ -1,6 +1,7 @@
 """Serve a model over HTTP, as OpenAI's API, with a compressed KV cache.
 
-Flags have the names and defaults of ``mlx_lm.server`` where both have them.
+Flags have the names of ``mlx_lm.server`` where both have them, and its defaults, but that pages of
+other sites may not ask.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allowed-origins",
         type=lambda text: text.split(","),
-        default="*",
-        help="web origins whose pages may ask, with commas between them",
+        default="local",
+        help="web origins whose pages may ask, with commas between them; local: those of this "
+        "machine (the default), *: all",
     )
     parser.add_argument(
         "--kv-budget",

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import mlx.core as mx
 import models
@@ -24,6 +25,7 @@ from vllm_metal_tq.integrations.mlx_lm.server import ServerOptions, errors, sess
 from vllm_metal_tq.integrations.mlx_lm.server.admission import Admission
 from vllm_metal_tq.integrations.mlx_lm.server.prompts import PromptCache
 from vllm_metal_tq.integrations.mlx_lm.server.provider import Provider
+from vllm_metal_tq.pages import OutOfBlocks
 
 BLOCK = 16
 LONG = {str(serving.END): -100}  # a logit bias: the text does not end before max_tokens
@@ -793,3 +795,92 @@ def test_a_draft_model_and_a_model_in_a_folder(tmp_path):
                 api.completions.create(**fields | {"max_tokens": 10**6})
     assert texts == [texts[0]] * 4
     assert texts[0]
+
+
+# Memory that runs out although admission promised it: the machine's own
+
+
+NO_MEMORY = {
+    "pool": partial(OutOfBlocks, "full"),
+    "MLX": partial(RuntimeError, "[malloc] Unable to allocate"),
+    "Python": MemoryError,
+}
+
+
+def runs_out(monkeypatch, whose, after):
+    """The model fails once so many steps have been taken."""
+    made = type(models.llama())
+    step, calls = made.__call__, []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == after + 1:
+            raise NO_MEMORY[whose]()  # a new one: whoever keeps an error keeps what it refers to
+        return step(*args, **options)
+
+    monkeypatch.setattr(made, "__call__", failing)
+
+
+@pytest.mark.parametrize("whose", NO_MEMORY)
+@pytest.mark.parametrize("after", [2, 8], ids=["prefill", "decode"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_memory_that_runs_out_ends_the_request_and_not_the_server(
+    model, monkeypatch, whose, after, stream
+):
+    with server("--prefill-step-size", "16", model=model) as running:
+        runs_out(monkeypatch, whose, after)
+        body = {"prompt": "a" * 60, "max_tokens": 30, "logit_bias": LONG, "stream": stream}
+        status, text, _ = post(running, body)
+        if stream and status == 200:  # it had begun: the client is told in the stream
+            events = [line for line in text.split("\n") if line.startswith("data: {")]
+            assert error_of(events[-1].removeprefix("data: "))["code"] == "internal_error"
+            assert "[DONE]" not in text
+        else:
+            assert (status, error_of(text)["code"]) == (500, "internal_error")
+        assert ends_free(running, cancelled=0)
+        assert metrics(running)["requests"]["failed"] == 1
+        assert len(text_of(running, "abc", 3)) == 3
+
+
+def test_many_who_ask_for_too_much_at_once_are_all_refused_and_nobody_is_disturbed(model, slowly):
+    with server(model=model, blocks=20) as running:
+        first = client(running).completions.create(
+            model="tiny", prompt="a" * 40, max_tokens=200, logit_bias=LONG, stream=True
+        )
+        parts, codes = [next(iter(first))], []
+
+        def ask(i):
+            body = {"prompt": "b" * (30 + i), "max_tokens": 60, "stream": bool(i % 2)}
+            codes.append(post(running, body)[0])
+
+        threads = [threading.Thread(target=ask, args=[i]) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert codes == [503] * 12
+        parts += list(first)
+        assert len("".join(part.choices[0].text for part in parts)) == 200
+        assert (
+            metrics(running)["requests"] | {"refused": 12, "failed": 0}
+            == (metrics(running)["requests"])
+        )
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody_else(model):
+    """Its answer waits in memory: the generation goes on, and so do the others'."""
+    with server(model=model) as running:
+        running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        body = {"prompt": "a", "max_tokens": 400, "logit_bias": LONG, "stream": True}
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(running.server_address)
+        with slow:
+            slow.sendall(request_bytes(body))
+            assert slow.recv(1)  # and no more for now
+            assert len(text_of(running, "b" * 20, 30)) == 30
+            assert wait_for(lambda: metrics(running)["kv_blocks_reserved"] == 0, 30)
+            rest = read_all(slow)
+        assert rest.count(b"data: {") >= 400
+        assert b"[DONE]" in rest
+        assert metrics(running)["requests"]["finished"] == 2

@@ -8,9 +8,11 @@ the tokens of a ``SharedKVCache`` are served by that one, whatever cache comes w
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
@@ -37,7 +39,7 @@ CACHES = {cls.__name__: cls for cls in (TurboQuantKVCache, SharedKVCache, Fetche
 """The classes of compressed caches of one sequence, by name."""
 
 _rebound: dict[int, Namespace] = {}  # by id: a model's file may be no entry of sys.modules
-_watchers: list[list[Attended]] = []
+_watchers: ContextVar[tuple[list[Attended], ...]] = ContextVar("watchers", default=())
 
 
 def _attention(
@@ -49,7 +51,7 @@ def _attention(
     mask: Mask,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    for seen in _watchers:
+    for seen in _watchers.get():
         seen.append((queries, keys, values, cache))
     reader = owner(keys, values) or cache
     attend: Callable[..., mx.array] | None = getattr(reader, "attend", None)
@@ -83,24 +85,21 @@ def uninstall() -> None:
 
 @contextmanager
 def watched() -> Iterator[list[Attended]]:
-    """Every attention inside."""
+    """Every attention inside, of this thread."""
     seen: list[Attended] = []
-    _watchers.append(seen)
+    token = _watchers.set((*_watchers.get(), seen))
     try:
         yield seen
     finally:
-        _watchers.remove(seen)
+        _watchers.reset(token)
 
 
 def host_caches(model: nn.Module, max_kv_size: int | None = None) -> PromptCache:
     """The caches that mlx_lm itself makes for ``model``, whatever was attached to it."""
-    attached = vars(model).pop("make_cache", None)
-    try:
-        caches: PromptCache = host.make_prompt_cache(model, max_kv_size)
-        return caches
-    finally:
-        if attached is not None:
-            model.make_cache = attached
+    bare = copy.copy(model)  # another thread may be making caches of the attached pools
+    vars(bare).pop("make_cache", None)
+    caches: PromptCache = host.make_prompt_cache(bare, max_kv_size)
+    return caches
 
 
 def _own(model: nn.Module) -> list[Namespace]:

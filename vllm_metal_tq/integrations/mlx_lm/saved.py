@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, overload
-from uuid import uuid4
+from typing import Any, BinaryIO, Literal, overload
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,16 +78,7 @@ def save_prompt_cache(
         "layers": json.dumps([_record(c, str(i), arrays) for i, c in enumerate(prompt_cache)]),
         "metadata": json.dumps(metadata or {}),
     }
-    scratch = file.with_name(f".{uuid4().hex}.safetensors")
-    try:
-        # safetensors cannot be empty.
-        mx.save_safetensors(str(scratch), arrays or {"none": mx.zeros(1)}, header)
-        _seal(scratch)
-        scratch.replace(file)
-    except RuntimeError as error:  # what MLX raises where the system refuses
-        raise OSError(f"{_name(file)} cannot be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    safetensors.write(file, "the prompt cache", arrays, header, _seal)
 
 
 def check_target(file_name: str | Path) -> Path:
@@ -346,26 +335,24 @@ def _mlx_lm() -> str:
     return ".".join(version("mlx-lm").split(".")[:2])
 
 
-def _seal(file: Path) -> None:
-    """Put the checksum into its place, and all of the file onto the disk."""
-    place, _, checksum = _checksums(file)
-    with file.open("r+b") as f:
-        f.seek(place)
-        f.write(checksum)
-        f.flush()
-        os.fsync(f.fileno())
+def _seal(stream: BinaryIO) -> None:
+    """Put the checksum into its place."""
+    place, _, checksum = _checksums(stream)
+    stream.seek(place)
+    stream.write(checksum)
 
 
 def _check_seal(file: Path) -> None:
     try:
-        _, said, checksum = _checksums(file)
+        with file.open("rb") as stream:
+            _, said, checksum = _checksums(stream)
     except ValueError:
         raise ValueError(f"{_name(file)} is damaged, or no {_FORMAT}; {_ANEW}") from None
     if said != checksum:
         raise ValueError(f"{_name(file)} is damaged: its checksum does not fit; {_ANEW}")
 
 
-def _checksums(file: Path) -> tuple[int, bytes, bytes]:
+def _checksums(stream: BinaryIO) -> tuple[int, bytes, bytes]:
     """Where the checksum of a file stands, what it says, and what it should say.
 
     It is SHA-256 of all bytes, with zeros in its own place. Every version keeps it like this.
@@ -373,16 +360,16 @@ def _checksums(file: Path) -> tuple[int, bytes, bytes]:
     Raises:
         ValueError: there is no place for it.
     """
-    with file.open("rb") as f:
-        size = f.read(8)
-        header = f.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
-        found = list(_CHECKSUM.finditer(header))
-        if len(found) != 1:
-            raise ValueError("no checksum")
-        start, end = found[0].span(1)
-        digest = hashlib.sha256(size + header[:start] + _BLANK.encode() + header[end:])
-        while piece := f.read(1 << 20):
-            digest.update(piece)
+    stream.seek(0)
+    size = stream.read(8)
+    header = stream.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+    found = list(_CHECKSUM.finditer(header))
+    if len(found) != 1:
+        raise ValueError("no checksum")
+    start, end = found[0].span(1)
+    digest = hashlib.sha256(size + header[:start] + _BLANK.encode() + header[end:])
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
     return len(size) + start, found[0][1], digest.hexdigest().encode()
 
 

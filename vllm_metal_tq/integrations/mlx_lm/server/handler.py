@@ -16,6 +16,7 @@ from mlx_lm.server import APIHandler
 
 from .errors import APIError, ClientGoneError, as_api_error, invalid
 from .metrics import exposition
+from .origins import may_ask
 from .sessions import Session
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class Handler(APIHandler):
     def _guard(self, answer: Callable[[], None]) -> None:
         """Answer, or else say why not."""
         try:
+            self._check_origin()
             answer()
         except APIError as error:
             self._answer_error(error)
@@ -132,6 +134,16 @@ class Handler(APIHandler):
         except Exception as error:
             logging.exception("a request failed")
             self._answer_error(as_api_error(error))
+
+    def _check_origin(self) -> None:
+        # A browser sends first, and only then looks whether the page may have the answer.
+        origin = self.headers.get("Origin")
+        if origin is not None and not self._may_ask(origin):
+            message = f"pages of {origin} may not ask here: see --allowed-origins"
+            raise APIError(403, message, "origin_not_allowed")
+
+    def _may_ask(self, origin: str) -> bool:
+        return may_ask(origin, self.response_generator.cli_args.allowed_origins)
 
     def _read_body(self) -> bytes:
         try:
@@ -301,6 +313,14 @@ class Handler(APIHandler):
             raise APIError(503, "the server is not ready", "unavailable")
         text, kind = exposition(generator.stats, generator.kv_state)
         self._answer(200, text, kind)
+
+    def _set_cors_headers(self) -> None:
+        origin = self.headers.get("Origin")
+        if origin is not None and self._may_ask(origin):
+            self.send_header("Access-Control-Allow-Origin", origin)
+            self.send_header("Vary", "Origin")
+            self.send_header("Access-Control-Allow-Methods", "*")
+            self.send_header("Access-Control-Allow-Headers", "*")
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         # mlx_lm answers 404 to whatever went wrong with a prompt.

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+
 from ..pools import CachePools
 from .admission import Admission
 from .errors import APIError
@@ -163,6 +165,8 @@ def _families(stats: Stats, kv_state: dict[str, int]) -> Iterator[Metric]:
 
     for name, value in kv_state.items():
         yield gauge(name, _KV_HELP[name], value)
+    yield gauge("mlx_active_bytes", "Bytes of MLX's arrays", mx.get_active_memory())
+    yield gauge("mlx_cache_bytes", "Bytes that MLX keeps for new arrays", mx.get_cache_memory())
     yield gauge("requests_running", "Requests that are being answered", stats.running)
     ended = core.CounterMetricFamily(
         "turboquant_requests", "Requests that have ended, by how", labels=["outcome"]
