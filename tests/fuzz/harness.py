@@ -25,12 +25,14 @@ class Target:
         count: cases of `make fuzz`.
         cases: makes cases: plain values, which ``repr`` writes so that Python reads them again.
         check: puts one case in. Returns what came of it; raises what may not come of it.
+        close: ends what ``check`` began.
     """
 
     name: str
     count: int
     cases: SearchStrategy
     check: Callable[[Any], str]
+    close: Callable[[], None] = lambda: None
 
 
 class Finding(Exception):  # noqa: N818 (what it is)
@@ -115,6 +117,8 @@ def run(
         before(case)
         came[check(case)] += 1
 
-    put_in.__qualname__ = put_in.__name__ = target.name.replace(" ", "_")  # seeds a derandomised run
+    put_in.__qualname__ = put_in.__name__ = target.name.replace(
+        " ", "_"
+    )  # seeds a derandomised run
     (put_in if start is None else seed(start)(put_in))()
     return came

@@ -15,13 +15,20 @@ EDGES = (
 """Numbers that are somewhere the last or the first of their kind."""
 
 numbers = st.sampled_from(EDGES) | st.integers(-4, 40)
-texts = st.text(max_size=8) | st.sampled_from(["", " ", "\0", "a\nb", "../..", "nan", "1e999", "é" * 9])
+texts = st.text(max_size=8) | st.sampled_from(
+    ["", " ", "\0", "a\nb", "../..", "nan", "1e999", "é" * 9]
+)
 scalars = st.none() | st.booleans() | numbers | texts
 json_values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
+
+
+def mostly(good, odd, share=8):
+    """Values of ``good``, and one in so many of ``odd``."""
+    return st.sampled_from([odd] + [good] * (share - 1)).flatmap(lambda kind: kind)
 
 
 def places(value, path=()):
@@ -119,7 +126,9 @@ class File:
 
 def written(header: object, data: bytes) -> bytes:
     """The bytes of a file with this header: JSON, or bytes as they are."""
-    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    text = (
+        header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    )
     return struct.pack("<Q", len(text)) + text + data
 
 
@@ -127,7 +136,9 @@ def written(header: object, data: bytes) -> bytes:
 def contents(draw, size: int) -> bytes:
     """So many bytes of an array: all the same, or a short pattern again and again."""
     pattern = draw(
-        st.sampled_from([b"\0", b"\xff", b"\x00\x7c", b"\x00\x7e", b"\xff\x7b", b"\x00\x00\xc0\x7f"])
+        st.sampled_from(
+            [b"\0", b"\xff", b"\x00\x7c", b"\x00\x7e", b"\xff\x7b", b"\x00\x00\xc0\x7f"]
+        )
         | st.binary(min_size=1, max_size=8)
     )
     return (pattern * (size // len(pattern) + 1))[:size]
@@ -166,7 +177,11 @@ def other_arrays(draw, file: File) -> File:
         size = math.prod(shape) * DTYPES.get(dtype, 1)
         if size > 1 << 20:
             continue
-        file.arrays[name] = [dtype, shape, (data * (size // max(len(data), 1) + 1))[:size].ljust(size, b"\0")]
+        file.arrays[name] = [
+            dtype,
+            shape,
+            (data * (size // max(len(data), 1) + 1))[:size].ljust(size, b"\0"),
+        ]
     return file
 
 

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from harness import Finding, Target, refusal
 from hypothesis import strategies as st
-from mutations import EDGES, json_values, mutated, numbers, texts
+from mutations import EDGES, json_values, mostly, mutated, numbers, texts
 
 from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, QUANT_NAMES, WIDTHS, TurboQuantConfig
 from vllm_metal_tq.integrations.vllm.settings import KEYS, Settings
 from vllm_metal_tq.plan import models, plan, sources
 from vllm_metal_tq.plan.machine import GIB, estimated
 
-widths = st.sampled_from([*PRESETS, *QUANT_NAMES, "bf16", "tq5", "q1_0", "TQ4", "tq4 "])
-counts = st.sampled_from([str(x) for x in EDGES if isinstance(x, int)] + ["²", "٣", "1_0", ""])
+unknown = st.sampled_from(["bf16", "tq5", "q1_0", "TQ4", "tq4 ", "q8_0/q8_0", ""]) | texts
+presets = mostly(st.sampled_from(sorted(PRESETS)), unknown)
+quants = mostly(st.sampled_from(sorted(QUANT_NAMES)), unknown)
+sizes = mostly(st.sampled_from(BLOCK_SIZES), numbers)
+layers = mostly(
+    st.integers(0, 40).map(str),
+    st.sampled_from([str(x) for x in EDGES if isinstance(x, int)] + ["²", "٣", "1_0", ""]),
+)
 
 
 @st.composite
@@ -23,14 +29,15 @@ def overrides(draw) -> str:
     """What names layers and their widths, nearly as it should."""
     parts = []
     for _ in range(draw(st.integers(0, 3))):
-        where = draw(counts) + draw(st.sampled_from(["", "-", f"-{draw(counts)}"]))
-        name = draw(widths) + draw(st.sampled_from(["", f"/{draw(widths)}", "/"]))
-        parts.append(where + draw(st.sampled_from(["=", "=", "=", ":", ""])) + name)
-    return draw(st.sampled_from([",", ",", ", ", ";"])).join(parts) + draw(st.just("") | texts)
+        first = draw(layers)
+        last = draw(layers | st.just(first))
+        where = draw(st.sampled_from([first, f"{first}-{last}"]))
+        name = draw(presets | st.just(f"{draw(quants)}/{draw(quants)}") | st.just("bf16"))
+        parts.append(where + draw(mostly(st.just("="), st.just(":"))) + name)
+    return draw(mostly(st.just(","), st.just(";"))).join(parts)
 
 
-names = widths | texts
-layer_overrides = st.text(max_size=12) | overrides()
+layer_overrides = mostly(overrides(), st.text(max_size=12))
 
 
 def check_names(case: dict) -> str:
@@ -56,9 +63,10 @@ def check_names(case: dict) -> str:
 config_names = st.fixed_dictionaries(
     {},
     optional={
-        **dict.fromkeys(("preset", "k_quant", "v_quant"), st.none() | names),
+        "preset": st.none() | presets,
+        **dict.fromkeys(("k_quant", "v_quant"), st.none() | quants),
         "layers": st.none() | layer_overrides,
-        "block_size": st.sampled_from(BLOCK_SIZES) | numbers,
+        "block_size": sizes,
     },
 )
 
@@ -68,10 +76,11 @@ def additional_configs(draw) -> dict:
     """What JSON of ``--additional-config`` may be: known keys mostly, and mostly of their types."""
     fit = {
         "turboquant": st.just(True),
-        **dict.fromkeys(("preset", "k_quant", "v_quant"), names),
-        "layer_overrides": layer_overrides | st.dictionaries(counts, names, max_size=3),
+        "preset": presets,
+        **dict.fromkeys(("k_quant", "v_quant"), quants),
+        "layer_overrides": layer_overrides | st.dictionaries(layers, presets, max_size=3),
         "calibration": st.booleans() | texts,
-        "block_size": st.sampled_from([16, 32]) | numbers,
+        "block_size": sizes,
     }
     given = draw(st.fixed_dictionaries({}, optional=fit)) | {"turboquant": True}
     if draw(st.integers(0, 3)) == 0:
