@@ -62,7 +62,7 @@ def _limit_memory() -> None:
 
 def supervise(target, count: int, seed: int) -> tuple[Counter, float, str]:
     """Outcomes of a target, seconds, and what was found, or nothing."""
-    file = FINDINGS / f"{target.name.strip('-').replace(' ', '-')}-{seed}.txt"
+    file = FINDINGS / f"{target.name.replace(' ', '-')}-{seed}.txt"
     file.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--work", target.name, str(count), str(seed), str(file)]
     start = time.monotonic()

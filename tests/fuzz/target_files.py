@@ -133,10 +133,21 @@ def check_prompt_cache(case: tuple[str, bytes]) -> str:
     if not all(isinstance(x, str) for pair in metadata.items() for x in pair):
         raise Finding(f"metadata {metadata} are no strings")
     usable(loaded)
-    mx.eval(model()(models.tokens(1), cache=loaded))
-    if [layer.sequences.offsets for layer in loaded] == [[0], [0]]:
-        raise Finding("a step stored nothing")
+    if not stepped(loaded, 1):
+        return "loaded, refuses tokens"
     return "the same" if data == prompt_caches()[name] else "loaded, safe to use"
+
+
+def stepped(prompt_cache, count: int) -> bool:
+    """Take some steps. False: a centre that was forged makes vectors too long to be stored."""
+    try:
+        mx.eval(model()(models.tokens(count), cache=prompt_cache))
+        mx.eval(model()(models.tokens(1), cache=prompt_cache))
+    except ValueError as error:
+        if "cannot encode" not in str(error):
+            raise
+        return False
+    return True
 
 
 def usable(loaded) -> None:
@@ -199,8 +210,8 @@ def check_calibration(data: bytes) -> str:
         prompt_cache = make_prompt_cache(model(), calibration=loaded)
     except Exception as error:
         return refusal(error)
-    model()(models.tokens(20), cache=prompt_cache)
-    mx.eval(model()(models.tokens(1), cache=prompt_cache))
+    if not stepped(prompt_cache, 20):
+        return "loaded, refuses tokens"
     return "the same" if data == calibrations() else "loaded, safe to use"
 
 

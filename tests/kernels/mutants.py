@@ -203,8 +203,8 @@ decode_fma.metal: constexpr int F = CENTRE ? 16 * NW + (S * N >= COEFFICIENTS ? 
 decode_fma.metal: constexpr int POOL = F >= N * D ? (F + 3) / 4 * 4 : N * D;
 decode_mma.metal: constexpr int POOL = F >= N * D ? F : N * D;
 decode_fma.metal: for (int h = 0; h < NH; ++h) exceeds = exceeds || s[h] >= m[h] + 6.0f;
-decode_mma.metal: if (simd_any(top0 >= m0 + 6.0f || top1 > m1 + 6.0f)) {
-decode_mma.metal: if (simd_any(top0 > m0 + 6.0f || top1 >= m1 + 6.0f)) {
+decode_mma.metal: if (simd_any(top0 >= m0 + room || top1 > m1 + room)) {
+decode_mma.metal: if (simd_any(top0 > m0 + room || top1 >= m1 + room)) {
 decode_fma.metal: if (SPARSE && !simd_any(heaviest > numbers[2])) continue;
 decode_mma.metal: if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) > numbers[2])) continue;
 = a minimum of two that are equal

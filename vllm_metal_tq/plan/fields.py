@@ -21,7 +21,7 @@ class Fields:
         """A whole number, ``default`` where the config is silent."""
         found = self.fields.get(key, default)
         if type(found) is not int or not least <= found <= most:
-            self._refuse(key, found, f"a number from {least} to {most}")
+            self._refuse(key, found, f"a number of at least {least}, {most} at most")
         return found
 
     @property
