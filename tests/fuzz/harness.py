@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-SECONDS = 20  # that a case may take
+SECONDS = 60  # that a case may take, on a machine that does much else
 GROWTH = 256 << 20  # bytes by which a case may raise the most memory that the process ever held
 REFUSALS = (ValueError, OSError)
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # as pytest has them
 
 MODULES = ("target_files", "target_words", "target_cli", "target_server")
 FINDINGS = Path("fuzz-findings")
-SILENCE = 120  # seconds without a new case after which a process is ended
+SILENCE = 600  # seconds without a new case after which a process is ended
 ADDRESS_SPACE = 4 << 30  # bytes that a process may ask for beyond what it begins with
 
 

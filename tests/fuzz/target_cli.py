@@ -192,4 +192,4 @@ def check_command_line(argv: list[str]) -> str:
     return "refused" if status else "done"
 
 
-TARGETS = [Target("command lines", 3000, command_lines(), check_command_line)]
+TARGETS = [Target("command lines", 1500, command_lines(), check_command_line)]

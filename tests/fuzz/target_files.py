@@ -216,6 +216,6 @@ def check_calibration(data: bytes) -> str:
 
 
 TARGETS = [
-    Target("prompt caches", 6000, forged_prompt_caches(), check_prompt_cache),
+    Target("prompt caches", 4000, forged_prompt_caches(), check_prompt_cache),
     Target("calibrations", 2500, forged_calibrations(), check_calibration),
 ]

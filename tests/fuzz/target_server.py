@@ -178,4 +178,4 @@ def _answer(served, how: str, data: bytes) -> tuple[int | None, bytes]:
     return int(head.split()[1]), rest
 
 
-TARGETS = [Target("requests to the server", 3000, requests(), check_request, close)]
+TARGETS = [Target("requests to the server", 1500, requests(), check_request, close)]

@@ -152,7 +152,7 @@ def check_model_config(data: bytes) -> str:
 
 
 TARGETS = [
-    Target("names of configs", 3000, config_names, check_names),
-    Target("additional_config", 3000, additional_configs(), check_settings),
+    Target("names of configs", 4000, config_names, check_names),
+    Target("additional_config", 4000, additional_configs(), check_settings),
     Target("config.json of models", 3000, model_configs(), check_model_config),
 ]
