@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 VLLM_OLDEST := 0.27.1
 VLLM := 0.32.0
 
-.PHONY: demo test test-oldest test-vllm test-vllm-matrix e2e-vllm mutants audit soak lint format docs clean
+.PHONY: demo test fuzz test-oldest test-vllm test-vllm-matrix e2e-vllm mutants audit soak lint format docs clean
 
 demo: $(READY)
 	$(BIN)/vllm-metal-tq generate --model demo --preset tq4 --max-tokens 120 \
@@ -15,6 +15,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py
 
 test-oldest:
 	PIP_CONSTRAINT=scripts/oldest.txt sh scripts/setup.sh .venv-oldest

@@ -310,14 +310,18 @@
       }
     }
 
-    // Lazy maximum: rescale only when a logit exceeds it by more than 6, a factor of 64.
+    // Lazy maximum: rescale only when a logit exceeds it by more than 6, a factor of 64, or at once
+    // where a value's scale is at least 1024: a half would not hold 64 times as much.
     float top0 = NEVER, top1 = NEVER;
+    float largest = 0.0f;
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
       top0 = max(top0, max(s[b].x, s[b].z));
       top1 = max(top1, max(s[b].y, s[b].w));
+      largest = max(largest, max(abs(float(tq_high(scales[b][0]))), abs(float(tq_high(scales[b][1])))));
     }
-    if (simd_any(top0 > m0 + 6.0f || top1 > m1 + 6.0f)) {
+    const float room = largest < 1024.0f ? 6.0f : 0.0f;
+    if (simd_any(top0 > m0 + room || top1 > m1 + room)) {
       TQ_UNROLL
       for (int k = 0; k < 3; ++k) {
         top0 = max(top0, simd_shuffle_xor(top0, ushort(row_bits[k])));

@@ -313,6 +313,21 @@ class TestFile:
         with pytest.raises(ValueError, match="is damaged or foreign: no centre of 2 KV heads"):
             calibration.load(file, model)
 
+    @pytest.mark.parametrize("layers", ["-1", "999999999999", "three", ""])
+    def test_a_count_of_layers_that_no_model_has_is_refused(self, model, file, layers):
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+        mx.eval(arrays)
+        mx.save_safetensors(str(file), arrays, metadata | {"layers": layers})
+        with pytest.raises(ValueError, match="is damaged or foreign: "):
+            calibration.load(file, model)
+
+    def test_means_without_a_shape_are_refused(self, model, file):
+        arrays, metadata = mx.load(str(file), return_metadata=True)
+        mx.eval(arrays)
+        mx.save_safetensors(str(file), arrays | {"1.mu": mx.array(1.0)}, metadata)
+        with pytest.raises(ValueError, match=r"layer 1 has mean keys of shape \(\)"):
+            calibration.load(file, model)
+
     def test_a_missing_file_is_named(self, model, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere'?: no such file"):
             calibration.load(tmp_path / "nowhere", model)

@@ -97,7 +97,10 @@ def load(file: Path, model: nn.Module) -> Calibration:
             "make one for this model with `vllm-metal-tq calibrate`"
         )
     try:
-        centres = [_centre(arrays, i) for i in range(int(metadata["layers"]))]
+        layers = int(metadata["layers"])
+        if not 0 <= layers <= len(named_weights(model)):  # every layer has weights
+            raise ValueError(f"{layers} layers")
+        centres = [_centre(arrays, i) for i in range(layers)]
         widths = metadata["widths"]
         config = TurboQuantConfig.from_names(layers=widths) if widths else None
     except (KeyError, ValueError) as error:
@@ -109,6 +112,8 @@ def _centre(arrays: dict[str, mx.array], layer: int) -> Centre | None:
     if f"{layer}.mu" not in arrays:
         return None
     parts = [arrays[f"{layer}.{name}"] for name in _PARTS]
+    if parts[1].ndim != 2:
+        raise ValueError(f"layer {layer} has mean keys of shape {parts[1].shape}")
     return Centre.from_arrays(parts, *parts[1].shape)
 
 

@@ -325,8 +325,14 @@ def attend(
 
     Returns:
         ``(1, num_heads, L, head_dim)`` in the queries' dtype.
+
+    Raises:
+        ValueError: a block is not there, or the past does not fit the blocks.
     """
     layout, rows = pool.layout, queries.shape[2]
+    pool.check(blocks)
+    if past_length > len(blocks) * layout.config.block_size:
+        raise ValueError(f"{past_length} tokens are more than {len(blocks)} blocks hold")
     execute = executor(layout)
     if past_length and not execute and rows == 1 and _in_order(mask, rows):
         return cpu.attend_token(

@@ -176,6 +176,16 @@ class PagePool:
             if numbering == self.numbering:
                 self.release(blocks)
 
+    def check(self, blocks: Sequence[int]) -> None:
+        """Refuse blocks that are not there: a kernel, and MLX, would read beyond the pages.
+
+        Raises:
+            ValueError: a number is below 0, or not below ``num_blocks``.
+        """
+        if blocks and (min(blocks) < 0 or max(blocks) >= self.num_blocks):
+            wrong = next(block for block in blocks if not 0 <= block < self.num_blocks)
+            raise ValueError(f"there is no block {wrong}: the pool has {self.num_blocks}")
+
     def copy(self, block: int) -> int:
         """A new block with the pages of ``block``."""
         (new,) = self.allocate(1)
@@ -188,6 +198,7 @@ class PagePool:
 
     def put(self, blocks: list[int], pages: mx.array) -> None:
         """Write whole blocks: uint8 ``(len(blocks), num_kv_heads, page_bytes)``."""
+        self.check(blocks)
         self.pages = _scatter(self.pages, pages, mx.array(blocks, mx.int32))
 
     def adopt(self, pages: mx.array, used: list[int]) -> None:
@@ -203,11 +214,14 @@ class PagePool:
             slot_mapping: of B sequences, the slots of L new tokens each.
             rows: uint8 ``(B, num_kv_heads, L, row_bytes)``.
         """
+        size = self.layout.config.block_size
+        self.check([slot // size for slots in slot_mapping for slot in slots])
         where = places(slot_mapping, self.num_kv_heads, self.layout)
         self.pages = _scatter(self.pages, rows, *where)
 
     def read(self, blocks: list[int]) -> mx.array:
         """Gather the pages of ``blocks``: uint8 ``(num_kv_heads, len(blocks), page_bytes)``."""
+        self.check(blocks)
         return self.pages[mx.array(blocks, mx.int32)].swapaxes(0, 1)
 
     def compact(self, needed: int = 0) -> None:

@@ -155,6 +155,12 @@ def test_tables_name_the_machine(capsys, flags, words):
         (["decode", "--shapes", "1,2,3"], "shape '1,2,3' must be four whole numbers: B,ctx,H,HKV"),
         (["decode", "--shapes", "1,64,3,2"], "shape 1,64,3,2: HKV must divide H"),
         (["decode", "--shapes", "1,0,2,2"], "all four numbers must be at least 1"),
+        (
+            ["decode", "--shapes", "1,99999999999,4,2"],
+            "shape 1,99999999999,4,2 takes 102399 GB, the",
+        ),
+        (["encode", "--tokens", "2147483647"], "--tokens 2147483647 takes 8796 GB, the device has"),
+        (["generate", "--context", "9" * 30], "all must be at most 2147483647"),
         (["decode", "--head-dim", "512"], "--head-dim 512 is too large: the kernels take 256"),
         (["encode", "--tokens", "1;2"], "--tokens '1;2' must be numbers with commas between"),
         (["generate", "--batch", "0"], "--batch '0': all must be at least 1"),

@@ -131,6 +131,13 @@ def test_max_kv_size_bounds_the_cache(capsys):
         (["--k-quant", "fp8"], "k_quant 'fp8' is unknown: allowed are q2_0"),
         (["--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
         (["--max-kv-size", "-5"], "--max-kv-size -5 must be at least 1"),
+        (["--max-tokens", "9" * 30], "9 must be at most 2147483647"),
+        (["--seed", "-1"], "--seed -1 must be from 0 to 18446744073709551615"),
+        (["--seed", "9" * 30], "9 must be from 0 to 18446744073709551615"),
+        (["--temp", "nan"], "--temp nan must be a number of at least 0"),
+        (["--top-p", "2"], "--top-p 2 must be from 0 to 1"),
+        (["--min-p", "nan"], "--min-p nan must be from 0 to 1"),
+        (["--top-k", "-1"], "--top-k -1 must be at least 0"),
         (["--max-kv-size", "8"], "max_kv_size 8 is too few: at least 32"),
         (["--prefill-step-size", "0"], "--prefill-step-size 0 must be at least 1"),
         (

@@ -83,3 +83,11 @@ def test_every_flag_is_explained():
         for action in parser._actions:
             silent = isinstance(action, argparse._SubParsersAction)
             assert silent or action.help, (parser.prog, action.dest)
+
+
+def test_an_error_of_the_parser_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "an\nargument\nof three lines"])
+    assert stop.value.code == exit_status.BAD_INPUT
+    line = "error: unrecognized arguments: an argument of three lines (see vllm-metal-tq --help)\n"
+    assert capsys.readouterr().err == line

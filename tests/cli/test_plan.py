@@ -146,6 +146,7 @@ def test_help_loads_neither_mlx_nor_matplotlib():
         (("--memory", "1GB"), "weights of llama-3.2-1b take 2.30 GiB, a process may use 0.67 GiB"),
         (("--context", "0"), "--context 0 must be at least 1"),
         (("--concurrency", "-1"), "--concurrency -1 must be at least 1"),
+        (("--context", "1" + "0" * 400), "must be at most 1099511627776"),
         (("--weights-bits", "7"), "7 bits a weight: allowed are 2, 3, 4"),
         (("--kv-budget", "0"), "--kv-budget '0' is no size"),
         (("--chip", "M0"), "--chip 'M0' is unknown: allowed are M1"),

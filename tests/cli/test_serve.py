@@ -10,6 +10,7 @@ import mlx_lm.server
 import openai
 import pytest
 
+from vllm_metal_tq import demo_model
 from vllm_metal_tq.cli import main, serve
 
 SAFER = {"allowed_origins"}  # has another default: test_security.py
@@ -161,3 +162,31 @@ def wait_until_there(port, tries=600):
         except OSError:
             threading.Event().wait(0.2)
     raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "65536"], "--port 65536 must be from 0 to 65535"),
+        (["--port", "-1"], "--port -1 must be from 0 to 65535"),
+        (["--client-timeout", "inf"], "--client-timeout inf must be above 0, and 86400 at most"),
+        (["--client-timeout", "nan"], "--client-timeout nan must be above 0"),
+        (["--max-tokens", "9" * 30], "9 must be at most 2147483647"),
+        (["--prompt-cache-size", "-1"], "--prompt-cache-size -1 must be at least 0"),
+        (["--num-draft-tokens", "-1"], "--num-draft-tokens -1 must be at least 0"),
+        (["--temp", "inf"], "--temp inf must be a number of at least 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(
+    capsys, monkeypatch, flags, message
+):
+    monkeypatch.setattr(demo_model, "load", lambda *_: pytest.fail("it was loaded"))
+    assert main(["serve", "--model", "demo", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_json_that_is_nested_too_deeply_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--model", "demo", "--chat-template-args", "[" * 100_000])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: argument --chat-template-args: ")

@@ -203,10 +203,12 @@ decode_fma.metal: constexpr int F = CENTRE ? 16 * NW + (S * N >= COEFFICIENTS ? 
 decode_fma.metal: constexpr int POOL = F >= N * D ? (F + 3) / 4 * 4 : N * D;
 decode_mma.metal: constexpr int POOL = F >= N * D ? F : N * D;
 decode_fma.metal: for (int h = 0; h < NH; ++h) exceeds = exceeds || s[h] >= m[h] + 6.0f;
-decode_mma.metal: if (simd_any(top0 >= m0 + 6.0f || top1 > m1 + 6.0f)) {
-decode_mma.metal: if (simd_any(top0 > m0 + 6.0f || top1 >= m1 + 6.0f)) {
+decode_mma.metal: if (simd_any(top0 >= m0 + room || top1 > m1 + room)) {
+decode_mma.metal: if (simd_any(top0 > m0 + room || top1 >= m1 + room)) {
 decode_fma.metal: if (SPARSE && !simd_any(heaviest > numbers[2])) continue;
 decode_mma.metal: if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) > numbers[2])) continue;
+= a scale of exactly 1024 is too large for a weight of exactly 64 alone
+decode_mma.metal: const float room = largest <= 1024.0f ? 6.0f : 0.0f;
 = a minimum of two that are equal
 attention.h: for (int k = 1; k < (P <= 32 ? P : 32); k *= 2) {
 = a byte more, whose bits lie above those that are used

@@ -147,6 +147,11 @@ def test_weights_are_as_published_where_no_bits_are_named():
         ({"num_attention_heads": 0}, "gives 0 for num_attention_heads.*at least 1"),
         ({"quantization": [4]}, r"gives \[4\] for quantization"),
         (SHARED | {"num_kv_shared_layers": 2}, "num_kv_shared_layers leaves no layers"),
+        ({"num_hidden_layers": 10**9}, "gives 1000000000 for num_hidden_layers.* 10000 at most"),
+        (
+            {"vocab_size": 10**400},
+            "0 for vocab_size, expected a number of at least 0, 1099511627776",
+        ),
     ],
 )
 def test_what_is_not_known_gets_one_clear_error(changes, message):

@@ -50,7 +50,7 @@ def test_no_network_gets_one_clear_error(monkeypatch):
         sources.find("someone/something")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff", '{"a":' * 100_000])
 def test_a_file_without_a_json_object_is_refused(tmp_path, text):
     file = tmp_path / "config.json"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import statistics
 import time
@@ -48,11 +49,19 @@ def software() -> dict[str, str]:
     }
 
 
-def device_bytes() -> int | None:
-    """The device's memory, None where MLX does not say."""
+def device_bytes() -> int:
+    """The device's memory, or the machine's where MLX does not say."""
     info = mx.device_info()
     size = info.get("memory_size") or info.get("total_memory")
-    return None if size is None else int(size)
+    return int(size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_room(num_bytes: int, what: str) -> None:
+    """Raise a ValueError where the device's memory is smaller than what is asked for."""
+    if num_bytes > (there := device_bytes()):
+        raise ValueError(
+            f"{what} takes {num_bytes // 10**9} GB, the device has {there // 10**9} GB of memory"
+        )
 
 
 def wall(call: Callable[[], object]) -> float:
@@ -117,7 +126,7 @@ def copy_bandwidth() -> float:
 
     Up to 1 GiB each on a GPU, an eighth of its memory in all: smaller ones show less bandwidth.
     """
-    size = min(1 << 30, (device_bytes() or 8 << 30) // 64) if gpu_backend() else 32 << 20
+    size = min(1 << 30, device_bytes() // 64) if gpu_backend() else 32 << 20
     inputs = [mx.full((size // 4,), float(i), mx.float32) for i in range(4)]
     return 2 * size / kernel_time(mx.abs, inputs)
 

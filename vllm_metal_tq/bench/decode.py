@@ -40,6 +40,10 @@ class Shape:
         if self.heads % self.kv_heads:
             raise ValueError(f"shape {self.text}: HKV must divide H")
 
+    def bf16_bytes(self, head_dim: int) -> int:
+        """Bytes of keys and values, uncompressed."""
+        return 4 * self.batch * self.context * self.kv_heads * head_dim
+
     @property
     def text(self) -> str:
         """As ``parse`` takes it."""

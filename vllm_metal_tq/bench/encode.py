@@ -17,6 +17,11 @@ GPU_TOKENS, CPU_TOKENS = [1, 8192], [1, 256]
 GPU_CACHE_TOKENS, CPU_CACHE_TOKENS = [4096, 1 << 20], [1024, 1 << 16]
 
 
+def bf16_bytes(num_tokens: int, head_dim: int) -> int:
+    """Bytes of the keys and values of so many tokens."""
+    return 4 * KV_HEADS * num_tokens * head_dim
+
+
 def bench_encode(
     num_tokens: int, head_dim: int, config: TurboQuantConfig, bandwidth: float
 ) -> dict[str, float | None]:

@@ -110,7 +110,7 @@ class GenerateBench:
         elements = 2 * batch * context * self.kv_heads * self.head_dim * len(self.model.layers)
         needed = self.weight_bytes + elements * self._bits[cache] / 8
         there = clock.device_bytes()
-        if there is None or needed <= MEMORY_SHARE * there:
+        if needed <= MEMORY_SHARE * there:
             return None
         return f"needs {needed / 1e9:.0f} GB of the device's {there / 1e9:.0f} GB"
 

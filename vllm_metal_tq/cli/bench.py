@@ -60,6 +60,8 @@ def _decode(args: argparse.Namespace) -> None:
     shapes = decode.GPU_SHAPES if clock.gpu_backend() else decode.CPU_SHAPES
     if args.shapes is not None:
         shapes = [decode.Shape.parse(text) for text in args.shapes.split(";")]
+    for shape in shapes:
+        clock.check_room(shape.bf16_bytes(args.head_dim), f"shape {shape.text}")
     bandwidth = clock.copy_bandwidth()
     figures = []
     with common.progress_bar("bench decode") as advance:
@@ -112,6 +114,8 @@ def _encode(args: argparse.Namespace) -> None:
     counts = encode.GPU_TOKENS if gpu else encode.CPU_TOKENS
     if args.tokens is not None:
         counts = _integers("--tokens", args.tokens)
+    for count in counts:
+        clock.check_room(encode.bf16_bytes(count, args.head_dim), f"--tokens {count}")
     bandwidth = clock.copy_bandwidth()
     sizes = encode.GPU_CACHE_TOKENS if gpu else encode.CPU_CACHE_TOKENS
     encoded, appended = [], []
@@ -193,6 +197,8 @@ def _integers(flag: str, text: str) -> list[int]:
         raise ValueError(f"{flag} {text!r} must be numbers with commas between them") from None
     if min(numbers) < 1:
         raise ValueError(f"{flag} {text!r}: all must be at least 1")
+    if max(numbers) > common.MOST:
+        raise ValueError(f"{flag} {text!r}: all must be at most {common.MOST}")
     return numbers
 
 

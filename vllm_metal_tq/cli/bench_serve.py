@@ -85,9 +85,7 @@ def _check(args: argparse.Namespace) -> list[str]:
     from ..bench.serve import excerpts
 
     for name in ("clients", "requests", "prompt_words", "max_tokens"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1")
+        common.check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     text = common.read_text(None, "alice.txt")
     return excerpts(text, args.prompt_words, args.clients + args.requests)
 

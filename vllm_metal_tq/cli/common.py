@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from ..types import Tokenizer
 
 DEMO_MODEL = "demo"
+MOST = (1 << 31) - 1
+"""The largest count that a flag takes: MLX's sizes and positions have 32 bits."""
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +79,24 @@ def add_layers_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", help="layers with widths of their own, such as 0-1=tq8,29=q8_0/q6_0"
     )
+
+
+def check_count(flag: str, number: int | None, least: int = 1) -> None:
+    """Raise a ValueError where the number of a flag is too small or too large."""
+    if number is not None and number < least:
+        raise ValueError(f"{flag} {number} must be at least {least}")
+    if number is not None and number > MOST:
+        raise ValueError(f"{flag} {number} must be at most {MOST}")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise a ValueError where the flags of sampling make no sense."""
+    if not 0 <= args.temp < math.inf:
+        raise ValueError(f"--temp {args.temp:g} must be a number of at least 0")
+    for flag, share in (("--top-p", args.top_p), ("--min-p", args.min_p)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{flag} {share:g} must be from 0 to 1")
+    check_count("--top-k", args.top_k, least=0)
 
 
 def scheme(args: argparse.Namespace, calibration: Calibration | None = None) -> TurboQuantConfig:

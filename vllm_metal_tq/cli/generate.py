@@ -111,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     prompts.check(args, "max_tokens", "num_draft_tokens", "prompt_lookup")
+    common.check_sampling(args)
+    if args.seed is not None and not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed {args.seed} must be from 0 to {(1 << 64) - 1}")
     own = ("preset", "k_quant", "v_quant", "layers", "max_kv_size", "calibration")
     with_file = "--prompt-cache-file, whose cache has its own"
     conflicts = {

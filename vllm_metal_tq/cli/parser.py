@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line without the usage, which may have thirty, and exit."""
-        self.exit(exit_status.BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+        line = " ".join(message.split())  # it quotes what was given
+        self.exit(exit_status.BAD_INPUT, f"error: {line} (see {self.prog} --help)\n")
 
 
 def build(commands: Mapping[str, ModuleType]) -> Parser:

@@ -48,15 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: str | None = None) ->
 
 
 def check(args: argparse.Namespace, *more: str) -> None:
-    """Check what ``add_arguments`` added, and that numbers named in ``more`` are positive.
+    """Check what ``add_arguments`` added, and the counts that are named in ``more``.
 
     Raises:
         ValueError: the message names the flag.
     """
     for name in (*more, "prefill_step_size", "max_kv_size"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise ValueError(f"{flag(name)} {number} must be at least 1")
+        common.check_count(flag(name), getattr(args, name))
     if args.system_prompt is not None and args.ignore_chat_template:
         raise ValueError("--system-prompt cannot be given with --ignore-chat-template")
     common.scheme(args)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
+LAST_PORT = 65535
+LONGEST = 86400.0  # seconds; a socket waits no longer than the system's clock can say
+
 EXAMPLES = (
     "vllm-metal-tq serve --model demo --port 8080 --kv-budget 1GB",
     "vllm-metal-tq serve --model ./Qwen3-8B-4bit --preset tq4 --decode-concurrency 16",
@@ -99,7 +102,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chat-template-args",
-        type=json.loads,
+        type=_json,
         default="{}",
         help="a JSON object for the chat template, such as '{\"enable_thinking\": false}'",
     )
@@ -130,6 +133,13 @@ def _add_batching(parser: argparse.ArgumentParser) -> None:
         type=size,
         help="drop earlier prompts when pages take more, such as 1GB (default: --kv-budget alone)",
     )
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
 
 
 def size(text: str) -> int:
@@ -208,11 +218,16 @@ def _listen(server: Server, model: str) -> None:
 def _check(args: argparse.Namespace) -> None:
     names = ("decode_concurrency", "prompt_concurrency", "prefill_step_size", "max_tokens")
     for name in names:
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1")
-    if not args.client_timeout > 0:
-        raise ValueError(f"--client-timeout {args.client_timeout:g} must be above 0")
+        common.check_count(f"--{name.replace('_', '-')}", getattr(args, name))
+    for name in ("num_draft_tokens", "prompt_cache_size"):
+        common.check_count(f"--{name.replace('_', '-')}", getattr(args, name), least=0)
+    common.check_sampling(args)
+    if not 0 <= args.port <= LAST_PORT:
+        raise ValueError(f"--port {args.port} must be from 0 to {LAST_PORT}")
+    if not 0 < args.client_timeout <= LONGEST:
+        raise ValueError(
+            f"--client-timeout {args.client_timeout:g} must be above 0, and {LONGEST:g} at most"
+        )
     if not isinstance(args.chat_template_args, dict):
         raise ValueError("--chat-template-args must be a JSON object")
 

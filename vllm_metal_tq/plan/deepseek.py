@@ -13,7 +13,7 @@ from .weights import NOTHING, Weights, linear, vector
 
 def deepseek(c: Fields) -> tuple[list[Layer], Weights]:
     """Multi-head latent attention: a layer keeps a latent of each token, and one rotated key."""
-    count, hidden = c.number("num_hidden_layers"), c.number("hidden_size")
+    count, hidden = c.num_layers, c.number("hidden_size")
     latent, rope = c.number("kv_lora_rank"), c.number("qk_rope_head_dim")
     weights = [
         _latent_attention(c) + _feed_forward(c, index) + vector(2 * hidden)

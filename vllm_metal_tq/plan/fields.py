@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+MOST = 1 << 40
+"""No number of a model's is greater: products of a few stay within what a float holds."""
+MOST_LAYERS = 10_000
+
 
 class Fields:
     """A config.json, whose gaps are errors that name the model."""
@@ -13,12 +17,17 @@ class Fields:
         self.name = name
         self.fields = {**defaults, **{k: v for k, v in fields.items() if v is not None}}
 
-    def number(self, key: str, default: int | None = None, least: int = 0) -> int:
+    def number(self, key: str, default: int | None = None, least: int = 0, most: int = MOST) -> int:
         """A whole number, ``default`` where the config is silent."""
         found = self.fields.get(key, default)
-        if type(found) is not int or found < least:
-            self._refuse(key, found, f"a number of at least {least}")
+        if type(found) is not int or not least <= found <= most:
+            self._refuse(key, found, f"a number of at least {least}, {most} at most")
         return found
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return self.number("num_hidden_layers", most=MOST_LAYERS)
 
     def listed(self, key: str) -> list[Any]:
         """A list, empty where the config is silent."""
@@ -43,7 +52,7 @@ class Fields:
 
     def kinds(self, otherwise: Callable[[int], str]) -> list[str]:
         """The kind of each layer: as ``layer_types`` lists them, or by a function of the index."""
-        count = self.number("num_hidden_layers")
+        count = self.num_layers
         listed = self.listed("layer_types") or [otherwise(i) for i in range(count)]
         known = ("full_attention", "sliding_attention", "linear_attention")
         if len(listed) != count or any(kind not in known for kind in listed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -67,10 +68,10 @@ def memory_size(text: str) -> int:
         ValueError: it is no such size, or not above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])i?B?\s*", text, re.IGNORECASE)
-    size = int(float(found[1]) * 1024 ** (2 + "MGT".index(found[2].upper()))) if found else 0
-    if size < 1:
+    size = float(found[1]) * 1024 ** (2 + "MGT".index(found[2].upper())) if found else 0
+    if not 1 <= size < math.inf:
         raise ValueError(f"--memory {text!r} is no size: expected such as 8GB or 512MB")
-    return size
+    return int(size)
 
 
 def estimated(memory_bytes: int) -> Machine:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import PRESETS, TurboQuantConfig
 from .caches import ENGINES, Cache, Scheme, Unsupported
+from .fields import MOST
 from .layers import Model
 from .machine import GIB, Machine
 
@@ -48,6 +49,8 @@ class Question:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise ValueError(f"--{name} {given} must be at least 1")
+            if given is not None and given > MOST:
+                raise ValueError(f"--{name} {given} must be at most {MOST}")
         if self.engine not in ENGINES:
             raise ValueError(
                 f"--engine {self.engine!r} is unknown: allowed are {', '.join(ENGINES)}"

@@ -45,7 +45,7 @@ def _parsed(name: str, file: Path) -> Mapping[str, Any]:
         raise ValueError(f"model {name!r}: there is no {file.name} in that folder")
     try:
         config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8; of JSON too deep
         raise ValueError(f"model {name!r}: {file.name} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"model {name!r}: {file.name} holds no JSON object")

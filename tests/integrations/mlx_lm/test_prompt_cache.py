@@ -90,9 +90,38 @@ class TestState:
     def test_the_version_before_windows_can_be_read(self, cache):
         pages, header, *rest = cache.state
         numbers = header.tolist()
-        earlier = mx.array([3, *numbers[1:7], *numbers[8:]], mx.int32)
+        earlier = mx.array([3, *numbers[1:7], *numbers[8:12], *numbers[13:]], mx.int32)
         again = TurboQuantKVCache.from_state((pages, earlier, *rest))
         assert mx.array_equal(again.state[1], header)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda header: header.astype(mx.float32),
+            lambda header: header.astype(mx.int64),
+            lambda header: header[None],
+            lambda header: header[:8],
+            lambda header: header[:0],
+        ],
+    )
+    def test_a_header_that_is_none_is_refused(self, cache, change):
+        pages, header, *rest = cache.state
+        with pytest.raises(ValueError, match="is none of a cache"):
+            TurboQuantKVCache.from_state((pages, change(header), *rest))
+
+    def test_a_position_that_differs_from_the_tokens_needs_a_limit(self, cache):
+        pages, header, *rest = cache.state
+        header[8] = 2**31 - 1
+        with pytest.raises(ValueError, match="do not fit"):
+            TurboQuantKVCache.from_state((pages, header, *rest))
+
+    def test_a_tail_of_other_numbers_is_refused(self, cache):
+        pages, header, keys, values = cache.state
+        with pytest.raises(ValueError, match="do not fit"):
+            TurboQuantKVCache.from_state((pages, header, keys.astype(mx.int32), values))
+        values[0, 0, 3, 5] = mx.nan
+        with pytest.raises(ValueError, match="the tail holds elements that are not finite"):
+            TurboQuantKVCache.from_state((pages, header, keys, values))
 
     def test_a_centre_that_cannot_be_is_refused(self, model):
         cache = make_prompt_cache(model, calibration=calibrate(model, tokens(100)[0].tolist()))

@@ -372,7 +372,37 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match=re.escape(repr(str(file)) + " ") + message):
             load_prompt_cache(file, model)
 
-    @pytest.mark.parametrize("field", ["format", "version", "model", "layers", "metadata"])
+    @pytest.mark.parametrize("metadata", ["[]", '{"a": 5}', '"a"', "[" * 100_000])
+    def test_metadata_that_are_no_strings(self, model, file, metadata):
+        edited(file, lambda header: header.update(metadata=metadata))
+        with pytest.raises(ValueError, match=r"contradicts itself: "):
+            load_prompt_cache(file, model)
+
+    def test_metadata_that_are_no_strings_are_not_saved(self, model, tmp_path):
+        file = tmp_path / "x.safetensors"
+        with pytest.raises(ValueError, match=r"metadata .* must be strings"):
+            save_prompt_cache(file, make_prompt_cache(model), model, {"a": 5})
+        assert not file.exists()
+
+    @pytest.mark.parametrize("shape", ["[1000000, 1000000]", "[0, 4294967296]", "[0, -1]", "[]"])
+    def test_an_empty_array_that_is_none(self, model, file, shape):
+        empty = f'{{"shape": {shape}, "dtype": "float32"}}'
+
+        def change(header):
+            header["layers"] = header["layers"].replace('{"array": "1.2"}', empty)
+
+        edited(file, change)
+        with pytest.raises(ValueError, match="contradicts itself: an empty array has shape"):
+            load_prompt_cache(file, model)
+
+    def test_a_pipe(self, model, tmp_path):
+        os.mkfifo(tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match="is no regular file"):
+            load_prompt_cache(tmp_path / "x.safetensors", model)
+
+    @pytest.mark.parametrize(
+        "field", ["format", "version", "model", "layers", "metadata", "calibration"]
+    )
     def test_a_field_that_is_missing(self, model, file, field):
         edited(file, lambda header: header.pop(field))
         with pytest.raises(ValueError, match=re.escape(repr(str(file)))):

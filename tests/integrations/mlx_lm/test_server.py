@@ -260,6 +260,20 @@ def test_numbers_that_mlx_cannot_hold_are_refused(served, name, value, with_):
     assert (code, error_of(text)["type"]) == (400, "invalid_request_error"), text
 
 
+def test_a_client_that_has_gone_is_no_failure_of_the_server():
+    error = errors.as_api_error(errors.ClientGoneError())
+    assert (error.status, error.code) == (499, "client_gone")
+
+
+def test_a_client_that_closes_its_side_is_answered_or_taken_for_gone(served):
+    for _ in range(5):
+        with raw(served, request_bytes({"prompt": "abc", "max_tokens": 3})) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            answer = read_all(connection)
+        assert not answer or int(answer.split()[1]) in (200, 499)
+    assert len(text_of(served, "abc", 3)) == 3
+
+
 def test_numbers_at_the_limits_are_served(served):
     sizes = dict.fromkeys(("repetition_context_size", "presence_context_size"), 1 << 30)
     penalties = {"repetition_penalty": 10**6, "presence_penalty": -(10**6)}

@@ -53,6 +53,8 @@ def test_layers_have_widths_of_their_own_or_stay_as_they_are(given):
         ({"layer_overrides": {"x": "bf16"}}, "'x=bf16' names no layers"),
         ({"layer_overrides": {"5-2": "bf16"}}, "'5-2=bf16' names no layers"),
         ({"layer_overrides": {"5-2": "tq8"}}, "layers 5-2 are no range"),
+        ({"layer_overrides": {"0-99999999999": "bf16"}}, "more layers than any model has"),
+        ({"layer_overrides": "99999999999=bf16"}, "the last may be 9999"),
         ({"calibration": 1}, "calibration must be str or bool, not int 1"),
     ],
 )

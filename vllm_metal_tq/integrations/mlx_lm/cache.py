@@ -287,14 +287,7 @@ class TurboQuantKVCache(host._BaseCache):
             ValueError: ``state`` is of another version, or its parts contradict each other.
         """
         pages, header, *rest = state
-        version, *numbers = cast(list[int], header.flatten().tolist())
-        if version == 3:
-            numbers[6:6] = [0]
-            numbers[11:11] = [numbers[3]]
-        elif version != STATE_VERSION:
-            raise ValueError(
-                f"state version {version} is unknown: 3 and {STATE_VERSION} can be read"
-            )
+        numbers = _numbers(header)
         k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, window = numbers[:7]
         offset, count, tail_length, centred, v_head_dim, *blocks = numbers[7:]
         config = TurboQuantConfig(k_bits, v_bits, block_size)
@@ -306,19 +299,23 @@ class TurboQuantKVCache(host._BaseCache):
             and pages.shape[1:] == pool.pages.shape[1:]
             and len(set(blocks)) == len(blocks) == -(-count // block_size)
             and all(0 <= block < pages.shape[0] for block in blocks)
-            and (count == offset or ((max_kv_size or window) and 0 <= count < offset))
+            and 0 <= count <= offset
+            and (count == offset or max_kv_size or window)
             and window >= 0
             and count >= min(window - 1, offset)
             and 0 <= tail_length <= min(count, TAIL)
             and centred in (0, 1)
             and len(rest) == (2 if tail_length else 0) + 4 * centred
             and all(x.shape == (1, num_kv_heads, TAIL, head_dim) for x in tail)
+            and all(mx.issubdtype(x.dtype, mx.floating) for x in tail)
         )
         if not fits:
-            raise ValueError(f"pages {pages.shape} do not fit their header {header.tolist()}")
+            raise ValueError(f"pages {pages.shape} do not fit their header {header[:11].tolist()}")
         scales = pool.layout.split(pages)[-1].view(mx.float16)
         if not mx.isfinite(scales).all().item():
             raise ValueError("pages hold scales that are not finite")
+        if not all(mx.isfinite(x).all().item() for x in tail):
+            raise ValueError("the tail holds elements that are not finite")
         some = cache.sequences
         if centred:
             some.centre = Centre.from_arrays(rest[-4:], num_kv_heads, head_dim)
@@ -426,3 +423,18 @@ def _indices(batch_indices: mx.array | Iterable[int]) -> list[int]:
 @lru_cache(maxsize=4)  # layers share them
 def _positions(*offsets: int) -> mx.array:
     return mx.array(offsets, mx.int32)
+
+
+def _numbers(header: mx.array) -> list[int]:
+    """The numbers of a header after its version, as this version has them."""
+    if header.dtype != mx.int32 or header.ndim != 1 or not header.size:
+        raise ValueError(f"header {header.dtype} {header.shape} is none of a cache")
+    version, *numbers = cast(list[int], header.tolist())
+    if version == 3:
+        numbers[6:6] = [0]
+        numbers[11:11] = numbers[3:4]
+    elif version != STATE_VERSION:
+        raise ValueError(f"state version {version} is unknown: 3 and {STATE_VERSION} can be read")
+    if len(numbers) < 12:
+        raise ValueError(f"header {header.dtype} {header.shape} is none of a cache")
+    return numbers

@@ -55,7 +55,8 @@ def save_prompt_cache(
         metadata: strings to keep with it.
 
     Raises:
-        ValueError: the name is unfit, or the cache is of another model.
+        ValueError: the name is unfit, the cache is of another model, or ``metadata`` are no
+            strings.
         OSError: the file cannot be written.
     """
     file = check_target(file_name)
@@ -67,6 +68,7 @@ def save_prompt_cache(
             f"{_name(file)} is not saved: the cache holds {several} sequences: save one, "
             "`[layer.extract(i) for layer in prompt_cache]`"
         )
+    _check_metadata(metadata or {})
     arrays: dict[str, mx.array] = {}
     header = {
         "format": _FORMAT,
@@ -136,25 +138,31 @@ def load_prompt_cache(
         raise FileNotFoundError(f"{_name(file)}: no such file")
     if file.is_dir():
         raise ValueError(f"{_name(file)} is a folder: name a file")
+    if not file.is_file():  # a pipe may never end
+        raise ValueError(f"{_name(file)} is no regular file")
     _check_seal(file)
     hook.install(model)
     try:
         arrays, header = safetensors.read(file)
         _check_header(file, header, model)
         records, metadata = json.loads(header["layers"]), json.loads(header["metadata"])
+        _check_metadata(metadata)
         _check_classes(file, header, records)
         made = hook.host_caches(model)
         prompt_cache = [_rebuilt(record, made, i, arrays) for i, record in enumerate(records)]
+        calibration = header["calibration"]
     except _UnfitError as error:
         raise ValueError(str(error)) from None
+    # RuntimeError is MLX's, and of JSON that is too deep.
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_name(file)} contradicts itself: {error}; {_ANEW}") from error
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{_name(file)} contradicts itself: {reason}; {_ANEW}") from error
     if not _of_model(prompt_cache, model):
         raise ValueError(
             f"{_name(file)} was made by another model, or by a release that compressed other "
             f"layers; {_ANEW}"
         )
-    if header["calibration"] != _calibration_fingerprint(prompt_cache):
+    if calibration != _calibration_fingerprint(prompt_cache):
         raise ValueError(f"{_name(file)} contradicts itself: other centres; {_ANEW}")
     return (prompt_cache, metadata) if return_metadata else prompt_cache
 
@@ -265,7 +273,10 @@ def _unpacked(value: object, arrays: dict[str, mx.array]) -> Any:
         return value
     if "array" in value:
         return arrays[value["array"]]
-    return mx.zeros(value["shape"], getattr(mx, value["dtype"]))
+    shape = value["shape"]
+    if 0 not in shape or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
+        raise ValueError(f"an empty array has shape {shape}")
+    return mx.zeros(shape, getattr(mx, value["dtype"]))
 
 
 def _rebuilt(record: Record, made: PromptCache, layer: int, arrays: dict[str, mx.array]) -> Any:
@@ -317,6 +328,12 @@ def _check_header(file: Path, header: dict[str, str], model: nn.Module) -> None:
             f"{_name(file)} was made by another model: load it with that one, or make one for "
             "this model with `vllm-metal-tq cache-prompt`"
         )
+
+
+def _check_metadata(metadata: object) -> None:
+    pairs = metadata.items() if isinstance(metadata, dict) else [(None, None)]
+    if not all(isinstance(x, str) for pair in pairs for x in pair):
+        raise ValueError(f"metadata {metadata!r} must be strings by their names")
 
 
 def _check_classes(file: Path, header: dict[str, str], records: list[Record]) -> None:

@@ -63,6 +63,7 @@ class EnginePool(PagePool):
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy blocks, ``(from, to)`` each."""
         source, target = zip(*pairs, strict=True)
+        self.check(source)
         pages = self.pages[mx.array(source, mx.int32)]
         mx.eval(pages)  # what shares the pages' buffer would keep them from being written in place
         self.put(list(target), pages)
@@ -83,8 +84,19 @@ class _Blocks(BlockTable):
         )
 
     def follow(self, segment: Segment) -> None:
-        """Take over what the engine says of the blocks before new tokens."""
+        """Take over what the engine says of the blocks, where they are there and enough.
+
+        Raises:
+            ValueError: they are not.
+        """
         unchanged = self.unchanged if segment.blocks is self.blocks else 0
+        self.pool.check(segment.blocks[unchanged:])
+        needed = segment.offset + segment.count
+        if segment.offset < 0 or needed > len(segment.blocks) * self._block_size:
+            raise ValueError(
+                f"{len(segment.blocks)} blocks of {self._block_size} tokens for {segment.count} "
+                f"tokens after {segment.offset}"
+            )
         self.hold(segment.blocks, segment.offset)
         self.unchanged = unchanged
 
@@ -106,10 +118,11 @@ class _Batch(Sequences):
 
     def follow(self, segments: Sequence[Segment]) -> None:
         """Go to where the segments begin; what a tail holds beyond that is forgotten."""
+        for table, segment in zip(self.tables, segments, strict=True):
+            cast(_Blocks, table).follow(segment)
         for i, segment in enumerate(segments):
             beyond = self.offsets[i] - segment.offset
             self.tail.lengths[i] = max(self.tail.lengths[i] - beyond, 0) if beyond >= 0 else 0
-            cast(_Blocks, self.tables[i]).follow(segment)
         self.offsets = [segment.offset for segment in segments]
         self._by_index = all(segment.by_index for segment in segments)
 
@@ -161,7 +174,8 @@ class PagedLayer:
             ``(1, num_heads, T, head_dim)`` in the queries' dtype.
 
         Raises:
-            ValueError: the shapes do not fit, or an element cannot be encoded.
+            ValueError: the shapes do not fit, a block is not there, or an element cannot be
+                encoded.
         """
         outputs = []
         for group in grouped(segments):

@@ -32,6 +32,7 @@ CACHE_DTYPES = {
 """Names of vLLM's ``--kv-cache-dtype`` -> ``k_quant`` and ``v_quant`` of the same widths."""
 
 UNCOMPRESSED = "bf16"
+_MOST_LAYERS = 10_000  # of a model: ranges of layers are written out
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,14 @@ def _overrides(given: str | Mapping[str, Any]) -> tuple[str, frozenset[int]]:
             layers.append(part)
             continue
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", where)
-        covered = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        covered = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
         if not covered:
             raise ValueError(f"--additional-config: layer_overrides {part!r} names no layers")
+        if covered.stop > _MOST_LAYERS:
+            raise ValueError(
+                f"--additional-config: layer_overrides {part!r} names more layers than any model "
+                f"has: the last may be {_MOST_LAYERS - 1}"
+            )
         uncompressed |= set(covered)
     return ",".join(layers), frozenset(uncompressed)
 

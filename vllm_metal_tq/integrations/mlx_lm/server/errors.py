@@ -73,5 +73,7 @@ def as_api_error(error: BaseException) -> APIError:
     """``error`` if it is one for clients, or else one that says that the server failed."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, ClientGoneError):  # it may have closed its own side alone, and read this
+        return APIError(499, "the client has closed the connection", "client_gone")
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return APIError(500, f"the server failed: {reason}", "internal_error")
