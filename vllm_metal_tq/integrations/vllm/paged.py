@@ -106,6 +106,13 @@ class _Batch(Sequences):
         self.offsets = [segment.offset for segment in segments]
         self._by_index = all(segment.by_index for segment in segments)
 
+    def reread(self, segments: Sequence[Segment]) -> None:
+        """Go to the last tokens of what is stored: those of the segments."""
+        for table, segment in zip(self.tables, segments, strict=True):
+            cast(_Blocks, table).follow(segment)
+            table.num_tokens += segment.count
+        self._columns = [slice(0, segment.count) for segment in segments]
+
     def _make_room(self, counts: list[int]) -> None:
         pass  # the engine has made it
 
@@ -139,6 +146,7 @@ class PagedLayer:
         *,
         scale: float,
         sinks: mx.array | None = None,
+        stored: bool = False,
     ) -> mx.array:
         """Store the new tokens of a packed batch and attend from them.
 
@@ -149,6 +157,8 @@ class PagedLayer:
             segments: which tokens are whose, in the order of their columns.
             scale: factor of the logits.
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
+            stored: another layer stored these tokens just now, the last of each request: they are
+                attended from, and nothing is written.
 
         Returns:
             ``(1, num_heads, T, head_dim)`` in the queries' dtype.
@@ -159,10 +169,13 @@ class PagedLayer:
         outputs = []
         for group in grouped(segments):
             batch = self._batch([segment.request for segment in group])
-            batch.follow(group)
             q, k, v = (_unpacked(x, group) for x in (queries, keys, values))
-            batch.store(k, v)
-            batch.tail.settle()
+            if stored:
+                batch.reread(group)
+            else:
+                batch.follow(group)
+                batch.store(k, v)
+                batch.tail.settle()
             attended = batch.attend(
                 q, k, v, scale=scale, mask="causal", sinks=sinks, window=self.window
             )

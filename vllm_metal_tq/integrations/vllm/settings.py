@@ -33,6 +33,9 @@ CACHE_DTYPES = {
 
 UNCOMPRESSED = "bf16"
 
+SHARING = ("gemma4", "gemma4_text")
+"""Model types whose layers get from the model what the layer whose cache they read has stored."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -115,8 +118,17 @@ def _overrides(given: str | Mapping[str, Any]) -> tuple[str, frozenset[int]]:
 def shared_complaint(model: str) -> str:
     """Why a model with layers that read the cache of others is refused."""
     return (
-        f"turboquant: {model} has layers that read the cache of others, which is not supported; "
+        f"turboquant: {model} has layers that read the cache of others without saying so "
+        f"(only {' and '.join(SHARING)} do), and vllm-metal would let them write to it as well; "
         "turn turboquant off for this model"
+    )
+
+
+def assistant_complaint(model: str) -> str:
+    """Why Gemma 4's assistant for drafts is refused."""
+    return (
+        f"turboquant: the assistant that drafts for {model} (MTP) reads its uncompressed cache, "
+        "which there is none of; leave --speculative-config away, or turn turboquant off"
     )
 
 

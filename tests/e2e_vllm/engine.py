@@ -1,0 +1,129 @@
+"""vLLM's scheduler and vllm-metal's worker in this process, over a model of mlx_lm.
+
+All is theirs but what loads the model. The configuration that vLLM reads is one of a few lines.
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import vllm_metal_on_linux
+from planning import NoModel
+from vllm import ModelRegistry
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_kv_cache_configs,
+    resolve_kv_cache_block_sizes,
+)
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm_metal.v1.model_runner import MetalModelRunner
+from vllm_metal.v1.worker import MetalWorker
+
+MEMORY = 64 << 20  # bytes, for pages
+CONFIG = {
+    "architectures": ["NoModel"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 4096,
+}
+
+
+class Engine:
+    """Serves one request after the other.
+
+    Args:
+        model: of mlx_lm; it is patched.
+        folder: an empty one.
+        chunk: the most tokens of a step.
+        additional: what ``--additional-config`` says.
+    """
+
+    def __init__(self, model, folder: Path, chunk: int, additional: dict):
+        ModelRegistry.register_model("NoModel", NoModel)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        limit = 2 * (mx.get_active_memory() + MEMORY)
+        vllm_metal_on_linux._claim_memory(limit)
+        self.config = VllmConfig(
+            model_config=ModelConfig(
+                model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=512
+            ),
+            cache_config=CacheConfig(
+                block_size=16, gpu_memory_utilization=0.5, enable_prefix_caching=False
+            ),
+            scheduler_config=SchedulerConfig(
+                max_model_len=512,
+                max_num_batched_tokens=chunk,
+                max_num_seqs=4,
+                is_encoder_decoder=False,
+                async_scheduling=False,
+            ),
+            additional_config=additional,
+        )
+        with set_current_vllm_config(self.config):
+            self.worker = self._worker(model)
+            self.scheduler = self._scheduler()
+
+    def _worker(self, model):
+        worker = MetalWorker(self.config, 0, 0, "")
+        worker.model_runner = MetalModelRunner(self.config)
+        loading = worker.model_runner._model_lifecycle
+        loading._load_generation_model = lambda *_, **__: (model, None)
+        worker.load_model()
+        return worker
+
+    def _scheduler(self):
+        specs = self.worker.get_kv_cache_spec()
+        memory = self.worker.determine_available_memory()
+        (plan,) = get_kv_cache_configs(self.config, [specs], [memory])
+        self.worker.initialize_from_config(plan)
+        self.worker.initialize_cache(plan.num_blocks, 0)
+        plan = generate_scheduler_kv_cache_config([plan])
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(plan, self.config)
+        return Scheduler(
+            self.config,
+            plan,
+            StructuredOutputManager(self.config),
+            block_size=block_size,
+            hash_block_size=hash_block_size,
+        )
+
+    def decode(self, prompt: list[int], count: int, forced: list[int] | None = None) -> mx.array:
+        """Logits ``(count, vocab)`` of the tokens after ``prompt``, chosen greedily or ``forced``."""
+        request = Request(
+            request_id="a",
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(max_tokens=count, temperature=0, ignore_eos=True),
+            pooling_params=None,
+        )
+        adapter, chosen, logits = self.worker.model_runner._model_adapter, iter(forced or ()), []
+        extract = type(adapter).extract_logits
+
+        def spied(output):
+            found = extract(adapter, output)
+            seen.append(found[0, -1])
+            if forced is None:
+                return found
+            one = (mx.arange(found.shape[-1]) == ahead).astype(found.dtype)
+            return mx.broadcast_to(one, found.shape)
+
+        adapter.extract_logits = spied
+        self.scheduler.add_request(request)
+        ahead = next(chosen, 0)
+        while self.scheduler.has_requests():
+            seen = []
+            step = self.scheduler.schedule()
+            output = self.worker.execute_model(step) or self.worker.sample_tokens(None)
+            if any(output.sampled_token_ids):
+                logits.append(seen[-1])
+                ahead = next(chosen, 0)
+            self.scheduler.update_from_output(step, output)
+        return mx.stack(logits)
