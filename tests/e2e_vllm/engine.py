@@ -1,6 +1,6 @@
-"""vLLM's scheduler and vllm-metal's worker in this process, over a model of mlx_lm.
+"""vLLM's planner and scheduler and vllm-metal's worker in this process, over a model of mlx_lm.
 
-All is theirs but what loads the model. The configuration that vLLM reads is one of a few lines.
+All is theirs but what reads a model from a folder. What vLLM reads there is a few lines.
 """
 
 import json
@@ -10,7 +10,18 @@ import mlx.core as mx
 import vllm_metal_on_linux
 from planning import NoModel
 from vllm import ModelRegistry
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
+from vllm.config import (
+    CacheConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+)
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
@@ -24,17 +35,45 @@ from vllm_metal.v1.model_runner import MetalModelRunner
 from vllm_metal.v1.worker import MetalWorker
 
 MEMORY = 64 << 20  # bytes, for pages
-CONFIG = {
-    "architectures": ["NoModel"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 4096,
-}
+TOKENS = 512  # the most of a request
+CONFIG = {"model_type": "llama", "vocab_size": 97, "max_position_embeddings": 4096}
+STATES = (  # of linear attention
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"),
+    *("linear_value_head_dim", "linear_conv_kernel_dim"),
+)
+PASSED = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("num_hidden_layers", "head_dim", "kv_lora_rank", *STATES),
+)
+
+
+class NoHybrid(NoModel):
+    """What vLLM takes for a model with linear attention in some layers."""
+
+    is_hybrid = True
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config):
+        config = vllm_config.model_config.hf_text_config
+        sizes = [getattr(config, name) for name in STATES]
+        return MambaStateShapeCalculator.gated_delta_net_state_shape(1, *sizes, 0)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config):
+        dtype = vllm_config.model_config.dtype
+        return MambaStateDtypeCalculator.gated_delta_net_state_dtype(dtype, "auto", "float32")
+
+
+def write_config(model, folder: Path) -> None:
+    """What vLLM and the plugin read of a model, from mlx_lm's arguments of it."""
+    arguments = vars(model.args)
+    arguments = arguments | (arguments.get("text_config") or {})
+    known = {name: arguments[name] for name in PASSED if arguments.get(name) is not None}
+    kind = NoHybrid if STATES[0] in known else NoModel
+    ModelRegistry.register_model(kind.__name__, kind)
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | known | {"architectures": [kind.__name__]})
+    )
 
 
 class Engine:
@@ -48,19 +87,18 @@ class Engine:
     """
 
     def __init__(self, model, folder: Path, chunk: int, additional: dict):
-        ModelRegistry.register_model("NoModel", NoModel)
-        (folder / "config.json").write_text(json.dumps(CONFIG))
+        write_config(model, folder)
         limit = 2 * (mx.get_active_memory() + MEMORY)
         vllm_metal_on_linux._claim_memory(limit)
         self.config = VllmConfig(
             model_config=ModelConfig(
-                model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=512
+                model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=TOKENS
             ),
             cache_config=CacheConfig(
                 block_size=16, gpu_memory_utilization=0.5, enable_prefix_caching=False
             ),
             scheduler_config=SchedulerConfig(
-                max_model_len=512,
+                max_model_len=TOKENS,
                 max_num_batched_tokens=chunk,
                 max_num_seqs=4,
                 is_encoder_decoder=False,
@@ -78,6 +116,7 @@ class Engine:
         loading = worker.model_runner._model_lifecycle
         loading._load_generation_model = lambda *_, **__: (model, None)
         worker.load_model()
+        current_platform.update_block_size_for_backend(self.config)
         return worker
 
     def _scheduler(self):

@@ -36,6 +36,8 @@ class Engine:
 
     def step(self, tokens, counts, **options):
         """What requests get for as many of their next tokens each, in the order of ``counts``."""
+        if not counts:
+            return {}
         segments, parts, column = [], [], 0
         for request, count in counts.items():
             start = self.ends.get(request, 0)
@@ -52,6 +54,20 @@ class Engine:
             batch, row = self.layer._places[segment.request]
             shown = batch.block_table[row, : len(segment.blocks)]
             assert shown.tolist() == segment.blocks
+        return {s.request: out[:, :, s.columns] for s in segments}
+
+
+    def reread(self, tokens, counts, few=None, **options):
+        """What another layer gets from the same pages, for all new tokens or the last ``few``."""
+        segments, parts, column = [], [], 0
+        for request, count in counts.items():
+            end, count = self.ends[request], min(count, few or count)
+            columns = slice(column, column + count)
+            segments.append(Segment(request, columns, end - count, self.blocks[request]))
+            parts.append([x[:, :, end - count : end] for x in tokens[request]])
+            column += count
+        packed = [mx.concatenate(x, axis=2) for x in zip(*parts, strict=True)]
+        out = self.layer.attend(*packed, segments, scale=SCALE, sinks=SINKS, stored=True)
         return {s.request: out[:, :, s.columns] for s in segments}
 
 
@@ -95,6 +111,36 @@ def test_requests_that_come_and_go_get_what_each_would_alone(centre, window):
         counts = [counts[request] for counts in schedule if request in counts]
         expected = alone(texts[request], counts, centre, window)
         assert close(mx.concatenate(outputs, axis=2), expected), request
+
+
+READ_BY_OTHERS = [{"a": 40}, {"a": 1, "b": 70}, {"a": 1, "b": 1}, {"b": 9, "a": 3}, {"a": 1, "b": 1}]
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_layers_that_read_the_pages_of_another_get_the_same_and_write_nothing(window):
+    texts = {name: tokens(120, seed) for seed, name in enumerate("ab")}
+    engine, undisturbed = Engine(window=window), Engine(window=window)
+    for counts in READ_BY_OTHERS:
+        expected, own = undisturbed.step(texts, counts), engine.step(texts, counts)
+        pages = mx.array(engine.layer.pool.pages)
+        again = engine.reread(texts, counts)
+        for request, output in expected.items():
+            assert close(own[request], output)
+            assert close(again[request], output)
+        assert mx.array_equal(engine.layer.pool.pages, pages)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_of_a_long_chunk_they_may_read_for_the_last_token_alone(window):
+    texts = {name: tokens(120, seed) for seed, name in enumerate("ab")}
+    engine, patient = Engine(window=window), Engine(window=window)
+    for counts in READ_BY_OTHERS:
+        patient.step(texts, {name: count - 1 for name, count in counts.items() if count > 1})
+        expected, own = patient.step(texts, dict.fromkeys(counts, 1)), engine.step(texts, counts)
+        again = engine.reread(texts, counts, few=1)
+        for request, output in expected.items():
+            assert close(again[request], output)
+            assert counts[request] > 1 or close(own[request], output)
 
 
 def test_a_window_sees_what_a_short_text_would():
