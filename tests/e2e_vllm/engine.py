@@ -67,7 +67,8 @@ class NoHybrid(NoModel):
 def write_config(model, folder: Path) -> None:
     """What vLLM and the plugin read of a model, from mlx_lm's arguments of it."""
     arguments = vars(model.args)
-    arguments = arguments | (arguments.get("text_config") or {})
+    text = arguments.get("text_config") or {}
+    arguments = arguments | (text if isinstance(text, dict) else vars(text))
     known = {name: arguments[name] for name in PASSED if arguments.get(name) is not None}
     kind = NoHybrid if STATES[0] in known else NoModel
     ModelRegistry.register_model(kind.__name__, kind)

@@ -91,7 +91,7 @@ def serve(kind: Kind, forced: list[int], additional: dict) -> tuple[Engine, mx.a
 
 
 def reason(error: Exception) -> str:
-    """The first clause of a message, without the folder of the model."""
-    text = re.sub(r"/\S+", "the model", str(error)).removeprefix("turboquant: ")
-    first = re.split(r"(?<=\w)[;.:,](?: |$)|\n", text)[0]
+    """What comes before the first colon or semicolon of a message, without the model's folder."""
+    text = re.sub(r"(?<!\S)/\S+", "the model", str(error)).removeprefix("turboquant: ")
+    first = re.split(r"[;:]\s|\n", text)[0].rstrip(".")
     return first if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {first}"

@@ -34,6 +34,24 @@ def test_a_kind_is_served_as_the_documentation_says(kind):
     assert kept == clear
 
 
+def kind_of(name):
+    (found,) = (kind for kind in KINDS if str(kind) == name)
+    return found
+
+
+def test_layers_that_would_write_where_they_read_are_refused():
+    with pytest.raises(NotImplementedError, match="would let them write to it too"):
+        serve(kind_of("gemma3n"), [0], ON)
+
+
+def test_an_assistant_that_reads_an_uncompressed_cache_is_refused():
+    runner = serve(kind_of("llama"), [0], ON)[0].worker.model_runner
+    runner.validate_paged_attention_support()
+    runner._gemma4_mtp_assistant = object()
+    with pytest.raises(NotImplementedError, match=r"\(MTP\) reads an uncompressed cache"):
+        runner.validate_paged_attention_support()
+
+
 def test_the_documentation_has_no_other_kinds():
     table = PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
     assert len(table.strip().splitlines()) == len(KINDS) + 2
@@ -41,7 +59,7 @@ def test_the_documentation_has_no_other_kinds():
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text with shared keys"])
 def test_a_block_that_is_lost_would_show(name, monkeypatch):
-    (kind,) = (kind for kind in KINDS if str(kind) == name)
+    kind = kind_of(name)
     _, uncompressed = serve(kind, forced := [0] * STEPS, {})
     honest = PagedCache._page_blocks
 

@@ -197,7 +197,7 @@ class CachePolicy(ModelCachePolicy):
             if found is None:
                 raise FileNotFoundError(
                     "there is no calibration, and no stage of a pipeline can make one; "
-                    f"`vllm-metal-tq calibrate {folder}` does, on each Mac"
+                    f"`vllm-metal-tq calibrate --model {folder}` does, on each Mac"
                 )
         else:
             found = asked and find_or_calibrate(model, runner.tokenizer, folder)

@@ -118,17 +118,16 @@ def _overrides(given: str | Mapping[str, Any]) -> tuple[str, frozenset[int]]:
 def shared_complaint(model: str) -> str:
     """Why a model with layers that read the cache of others is refused."""
     return (
-        f"turboquant: {model} has layers that read the cache of others without saying so "
-        f"(only {' and '.join(SHARING)} do), and vllm-metal would let them write to it as well; "
-        "turn turboquant off for this model"
+        f"turboquant: {model} has layers that read the cache of others, and vllm-metal would let "
+        f"them write to it too (but for {', '.join(SHARING)}); turn turboquant off for this model"
     )
 
 
 def assistant_complaint(model: str) -> str:
     """Why Gemma 4's assistant for drafts is refused."""
     return (
-        f"turboquant: the assistant that drafts for {model} (MTP) reads its uncompressed cache, "
-        "which there is none of; leave --speculative-config away, or turn turboquant off"
+        f"turboquant: the assistant that drafts for {model} (MTP) reads an uncompressed cache; "
+        "drop --speculative-config, or turn turboquant off"
     )
 
 
