@@ -137,7 +137,7 @@ class Engine:
         )
 
     def decode(self, prompt: list[int], count: int, forced: list[int] | None = None) -> mx.array:
-        """Logits ``(count, vocab)`` of the tokens after ``prompt``, chosen greedily or ``forced``."""
+        """Logits ``(count, vocab)`` of tokens after ``prompt``: its own choice, or ``forced``."""
         request = Request(
             request_id="a",
             prompt_token_ids=prompt,

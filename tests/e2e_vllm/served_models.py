@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from vllm.plugins import load_general_plugins
-
-load_general_plugins()  # as in each of vLLM's processes
-
 import paths  # noqa: F401 (where the kinds are)
+
+# isort: split
 from kinds import KINDS, Kind
 from matrix import Outcome, outcome
+
+from vllm_metal_tq.integrations.vllm import plugin
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported_models.md"
 START, END = (
@@ -30,5 +30,6 @@ def written(page: str, rows: str) -> str:
 
 
 if __name__ == "__main__":
+    plugin.register()
     rows = "".join(row(kind, outcome(kind)) for kind in KINDS)
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")

@@ -7,7 +7,12 @@ import pytest
 
 from vllm_metal_tq import dispatch, msl
 from vllm_metal_tq.config import TurboQuantConfig
-from vllm_metal_tq.integrations.vllm.paged import EnginePool, PagedLayer, Segment
+from vllm_metal_tq.integrations.vllm.paged import (
+    EnginePool,
+    KernelTables,
+    PagedLayer,
+    Segment,
+)
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.msl.compiler import why_not_simulate
 from vllm_metal_tq.msl.simulate import simulate
@@ -55,7 +60,6 @@ class Engine:
             shown = batch.block_table[row, : len(segment.blocks)]
             assert shown.tolist() == segment.blocks
         return {s.request: out[:, :, s.columns] for s in segments}
-
 
     def reread(self, tokens, counts, few=None, **options):
         """What another layer gets from the same pages, for all new tokens or the last ``few``."""
@@ -113,7 +117,13 @@ def test_requests_that_come_and_go_get_what_each_would_alone(centre, window):
         assert close(mx.concatenate(outputs, axis=2), expected), request
 
 
-READ_BY_OTHERS = [{"a": 40}, {"a": 1, "b": 70}, {"a": 1, "b": 1}, {"b": 9, "a": 3}, {"a": 1, "b": 1}]
+READ_BY_OTHERS = [
+    {"a": 40},
+    {"a": 1, "b": 70},
+    {"a": 1, "b": 1},
+    {"b": 9, "a": 3},
+    {"a": 1, "b": 1},
+]
 
 
 @pytest.mark.parametrize("window", [0, 20])
@@ -151,6 +161,24 @@ def test_a_window_sees_what_a_short_text_would():
     engine.step(texts, {"a": 59, "b": 59})
     last = engine.step(texts, {"a": 1, "b": 1})
     assert close(last["a"], last["b"])
+
+
+def test_layers_share_the_tables_that_kernels_take():
+    tables, first, second = KernelTables(), list(range(70)), [7, 8]
+    made = tables.of([first, second])
+    assert tables.of([first, second]) is made
+    assert made.shape == (2, 128)
+    assert made[0, :70].tolist() == first
+    assert made[1].tolist() == second + [0] * 126
+    tables.begin()
+    second += [9]
+    longer = tables.of([first, second])
+    assert longer[0].tolist() == made[0].tolist()
+    assert longer[1, :4].tolist() == [7, 8, 9, 0]
+    assert tables.of([list(first), second]) is not longer  # another list may be of other blocks
+    tables.begin()
+    tables.begin()
+    assert tables.of([first, second]) is not longer  # nobody asked for it in a whole pass
 
 
 @pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))

@@ -13,7 +13,7 @@ from vllm_metal.attention.caches.kv_cache import MetalPagedKVCache
 from ...centre import Centre
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
-from .paged import EnginePool, PagedLayer, Segment
+from .paged import EnginePool, KernelTables, PagedLayer, Segment
 
 logger = init_logger("vllm.vllm_metal_tq")
 
@@ -45,6 +45,7 @@ class PagedCache(MetalPagedKVCache):
 
     def _allocate_dense_caches(self, dtype: mx.Dtype) -> None:
         self._blocks: dict[str, tuple[list[int], list[int]]] = {}  # the engine's, and ours
+        self._shown = KernelTables()
         self.layers = [
             self._layer(i, config) if config else None
             for i, config in enumerate(self.compression.configs)
@@ -61,7 +62,7 @@ class PagedCache(MetalPagedKVCache):
         blocks = self.num_blocks * self._pages
         pool = EnginePool(layout, self.kv_heads_per_layer[which], blocks)
         window = max(self.sliding_window_per_layer[which], 0)  # theirs is -1 for none
-        return PagedLayer(pool, self.compression.centres[which], window)
+        return PagedLayer(pool, self.compression.centres[which], window, self._shown)
 
     @property
     def _pages(self) -> int:
@@ -105,6 +106,7 @@ class PagedCache(MetalPagedKVCache):
     def begin(self, requests: Iterable[str]) -> None:
         """A forward pass has tokens of these requests, in this order."""
         self._requests = list(requests)
+        self._shown.begin()
         self._ends: dict[str, int] = {}  # of each request, where its tokens end in the batch
 
     def last(self, segments: Sequence[Segment], *packed: mx.array) -> list[mx.array]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
 
 import mlx.core as mx
 
@@ -68,6 +67,52 @@ class EnginePool(PagePool):
         self.put(list(target), pages)
 
 
+class KernelTables:
+    """Block tables as kernels take them, each made once for all layers that have these blocks."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], _Made] = {}
+        self._asked: dict[tuple[int, ...], _Made] = {}
+
+    def begin(self) -> None:
+        """A forward pass begins: what the last one did not ask for is forgotten."""
+        self._made, self._asked = self._asked, {}
+
+    def of(self, lists: list[list[int]]) -> mx.array:
+        """Int32 ``(B, max_blocks)``, padded with zeros, of the blocks of B sequences.
+
+        Args:
+            lists: as segments have them: a list that was given before is at most longer.
+        """
+        which = tuple(map(id, lists))
+        made = self._asked.get(which) or self._made.get(which) or _Made(lists)
+        self._asked[which] = made
+        return made.table()
+
+
+class _Made:
+    """The table of some lists of blocks, and how much of them it shows."""
+
+    def __init__(self, lists: list[list[int]]):
+        self._lists, self._shown = lists, [0] * len(lists)  # held, so that no other has their ids
+        self._table: mx.array | None = None
+
+    def table(self) -> mx.array:
+        lengths = [len(blocks) for blocks in self._lists]
+        if self._table is None or max(lengths) > self._table.shape[1]:
+            # A power of two, so that shapes, and what is compiled for them, seldom change.
+            width = max(64, 1 << (max(lengths) - 1).bit_length())
+            padded = [blocks + [0] * (width - len(blocks)) for blocks in self._lists]
+            self._table = mx.array(padded, mx.int32)
+        else:
+            for i, (start, stop) in enumerate(zip(self._shown, lengths, strict=True)):
+                if start < stop:
+                    new = mx.array(self._lists[i][start:stop], mx.int32)
+                    self._table[i, start:stop] = new
+        self._shown = lengths
+        return self._table
+
+
 class _Blocks(BlockTable):
     """Blocks that the engine has given to a request."""
 
@@ -82,36 +127,42 @@ class _Blocks(BlockTable):
             self.blocks[i // size] * size + i % size for i in range(start, self.num_tokens)
         )
 
-    def follow(self, segment: Segment) -> None:
-        """Take over what the engine says of the blocks before new tokens."""
-        unchanged = self.unchanged if segment.blocks is self.blocks else 0
-        self.hold(segment.blocks, segment.offset)
-        self.unchanged = unchanged
-
 
 class _Batch(Sequences):
     """Requests whose tokens are stored and attended from together."""
 
-    def __init__(self, pool: PagePool, centre: Centre | None, tail: Tail, offsets: Sequence[int]):
+    def __init__(
+        self,
+        pool: PagePool,
+        centre: Centre | None,
+        shown: KernelTables,
+        tail: Tail,
+        offsets: Sequence[int],
+    ):
         super().__init__(pool, 0, centre=centre)
         self.tables = [_Blocks(pool) for _ in offsets]
         self.tail, self.offsets, self._by_index = tail, list(offsets), True
+        self._shown = shown
 
     def follow(self, segments: Sequence[Segment]) -> None:
         """Go to where the segments begin; what a tail holds beyond that is forgotten."""
         for i, segment in enumerate(segments):
             beyond = self.offsets[i] - segment.offset
             self.tail.lengths[i] = max(self.tail.lengths[i] - beyond, 0) if beyond >= 0 else 0
-            cast(_Blocks, self.tables[i]).follow(segment)
+            self.tables[i].hold(segment.blocks, segment.offset)
         self.offsets = [segment.offset for segment in segments]
         self._by_index = all(segment.by_index for segment in segments)
 
     def reread(self, segments: Sequence[Segment]) -> None:
         """Go to the last tokens of what is stored: those of the segments."""
         for table, segment in zip(self.tables, segments, strict=True):
-            cast(_Blocks, table).follow(segment)
-            table.num_tokens += segment.count
+            table.hold(segment.blocks, segment.offset + segment.count)
         self._columns = [slice(0, segment.count) for segment in segments]
+
+    @property
+    def block_table(self) -> mx.array:
+        """The blocks as kernels take them: int32 ``(B, max_blocks)``, padded with zeros."""
+        return self._shown.of([table.blocks for table in self.tables])
 
     def _make_room(self, counts: list[int]) -> None:
         pass  # the engine has made it
@@ -129,12 +180,20 @@ class PagedLayer:
         pool: its pages. Layers that the engine gives different blocks may share one.
         centre: calibration of the layer, or None.
         window: how many tokens a query sees, itself included; 0 is all.
+        shown: block tables that it shares with other layers.
     """
 
-    def __init__(self, pool: EnginePool, centre: Centre | None = None, window: int = 0):
+    def __init__(
+        self,
+        pool: EnginePool,
+        centre: Centre | None = None,
+        window: int = 0,
+        shown: KernelTables | None = None,
+    ):
         self.pool = pool
         self.centre = centre
         self.window = window
+        self._shown = shown or KernelTables()
         self._places: dict[str, tuple[_Batch, int]] = {}  # of each request, its batch and row
 
     def attend(
@@ -202,7 +261,7 @@ class PagedLayer:
             return batch
         tails = [place[0].tail.take([place[1]]) if place else Tail() for place in places]
         offsets = [place[0].offsets[place[1]] if place else 0 for place in places]
-        batch = _Batch(self.pool, self.centre, Tail.joined(tails), offsets)
+        batch = _Batch(self.pool, self.centre, self._shown, Tail.joined(tails), offsets)
         self._places |= {request: (batch, row) for row, request in enumerate(requests)}
         return batch
 
