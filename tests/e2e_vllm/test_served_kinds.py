@@ -52,6 +52,25 @@ def test_an_assistant_that_reads_an_uncompressed_cache_is_refused():
         runner.validate_paged_attention_support()
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("gpt_oss", set()), ("gemma4_text", {"SlidingWindowSpec"})]
+)
+def test_windows_keep_the_whole_context_and_in_vllm_metal_too_but_for_gemma_4(name, theirs):
+    kinds = {
+        setting: {type(spec).__name__ for spec in specs(kind_of(name), additional).values()}
+        for setting, additional in (("theirs", {}), ("ours", ON))
+    }
+    assert kinds == {
+        "theirs": {"FullAttentionSpec"} | theirs,
+        "ours": {"TurboQuantAttentionSpec"},
+    }
+
+
+def specs(kind, additional):
+    """What the engine hears of each layer."""
+    return serve(kind, [0], additional)[0].worker.get_kv_cache_spec()
+
+
 def test_the_documentation_has_no_other_kinds():
     table = PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
     assert len(table.strip().splitlines()) == len(KINDS) + 2

@@ -67,12 +67,13 @@ def facts(sent):
     }
 
 
-def test_a_worker_that_has_imported_nothing_finds_what_was_sent(vllm_config):
-    sent = things(vllm_config())
+def test_a_worker_that_has_imported_nothing_finds_what_was_sent(vllm_config, tmp_path):
+    sent, output = things(vllm_config()), tmp_path / "output"
     messages = pickle.dumps([dumps(sent) for dumps in WAYS])
-    run = subprocess.run([sys.executable, WORKER], input=messages, capture_output=True, check=False)
+    command = [sys.executable, WORKER, output]
+    run = subprocess.run(command, input=messages, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr.decode()[-3000:]
-    found, _, back = run.stdout.partition(b"\n")
+    found, _, back = output.read_bytes().partition(b"\n")
     assert json.loads(found) == {"imported": [], "things": [facts(sent)] * len(WAYS)}
     for returned in pickle.loads(back):
         assert list(map(type, returned["specs"])) == list(map(type, sent["specs"]))

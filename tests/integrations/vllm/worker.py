@@ -1,4 +1,4 @@
-"""What a worker of vLLM finds in what it is sent: run as a script, in a process of its own.
+"""What a worker of vLLM finds in what it is sent: ``python FILE OUTPUT < MESSAGES``.
 
 Reads a pickle of pickles of ``{name: object}``, loads vLLM's plugins as workers do, and writes
 what it found in each as a line of JSON, then a pickle of them all, for the way back.
@@ -7,6 +7,7 @@ what it found in each as a line of JSON, then a pickle of them all, for the way 
 import json
 import pickle
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -19,7 +20,8 @@ def main() -> None:
 
     load_general_plugins()
     found = {"imported": imported, "things": [facts(things) for things in received]}
-    sys.stdout.buffer.write(json.dumps(found).encode() + b"\n" + pickle.dumps(received))
+    output = json.dumps(found).encode() + b"\n" + pickle.dumps(received)
+    Path(sys.argv[1]).write_bytes(output)  # vLLM may print its log
 
 
 def facts(things: dict) -> dict:
