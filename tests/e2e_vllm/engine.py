@@ -77,6 +77,45 @@ def write_config(model, folder: Path) -> None:
     )
 
 
+def make_room() -> None:
+    """Let there be memory for pages, beside all that is in use."""
+    vllm_metal_on_linux._claim_memory(2 * (mx.get_active_memory() + MEMORY))
+
+
+def configuration(model, folder: Path, chunk: int, additional: dict) -> VllmConfig:
+    """vLLM's configuration for a model of mlx_lm: see ``Engine``."""
+    write_config(model, folder)
+    make_room()
+    return VllmConfig(
+        model_config=ModelConfig(
+            model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=TOKENS
+        ),
+        cache_config=CacheConfig(
+            block_size=16, gpu_memory_utilization=0.5, enable_prefix_caching=False
+        ),
+        scheduler_config=SchedulerConfig(
+            max_model_len=TOKENS,
+            max_num_batched_tokens=chunk,
+            max_num_seqs=4,
+            is_encoder_decoder=False,
+            async_scheduling=False,
+        ),
+        additional_config=additional,
+    )
+
+
+def worker(config: VllmConfig, model, pp=None) -> MetalWorker:
+    """vllm-metal's worker with its model, or a stage of it."""
+    made = MetalWorker(config, 0, 0, "")
+    made.model_runner = MetalModelRunner(config)
+    made.model_runner.pp = pp
+    loading = made.model_runner._model_lifecycle
+    loading._load_generation_model = lambda *_, **__: (model, None)
+    made.load_model()
+    current_platform.update_block_size_for_backend(config)
+    return made
+
+
 class Engine:
     """Serves one request after the other.
 
@@ -88,37 +127,10 @@ class Engine:
     """
 
     def __init__(self, model, folder: Path, chunk: int, additional: dict):
-        write_config(model, folder)
-        limit = 2 * (mx.get_active_memory() + MEMORY)
-        vllm_metal_on_linux._claim_memory(limit)
-        self.config = VllmConfig(
-            model_config=ModelConfig(
-                model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=TOKENS
-            ),
-            cache_config=CacheConfig(
-                block_size=16, gpu_memory_utilization=0.5, enable_prefix_caching=False
-            ),
-            scheduler_config=SchedulerConfig(
-                max_model_len=TOKENS,
-                max_num_batched_tokens=chunk,
-                max_num_seqs=4,
-                is_encoder_decoder=False,
-                async_scheduling=False,
-            ),
-            additional_config=additional,
-        )
+        self.config = configuration(model, folder, chunk, additional)
         with set_current_vllm_config(self.config):
-            self.worker = self._worker(model)
+            self.worker = worker(self.config, model)
             self.scheduler = self._scheduler()
-
-    def _worker(self, model):
-        worker = MetalWorker(self.config, 0, 0, "")
-        worker.model_runner = MetalModelRunner(self.config)
-        loading = worker.model_runner._model_lifecycle
-        loading._load_generation_model = lambda *_, **__: (model, None)
-        worker.load_model()
-        current_platform.update_block_size_for_backend(self.config)
-        return worker
 
     def _scheduler(self):
         specs = self.worker.get_kv_cache_spec()
