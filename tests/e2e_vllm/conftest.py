@@ -4,6 +4,7 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+import paths  # noqa: F401 (what tests here share with others)
 import pytest
 
 INSTALLED = importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm_metal_on_linux")

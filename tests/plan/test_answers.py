@@ -152,7 +152,6 @@ def test_latents_are_not_compressed(engine):
     [
         ("gemma-3-1b", MlxCache, Scheme("", mlx_bits=4), "no sliding windows"),
         ("llama-3.2-1b", VllmCache, Scheme("", mlx_bits=4), "does not offer it"),
-        ("gemma-4-e2b", VllmCache, tq(4, 4), "layers that read the cache of others"),
     ],
 )
 def test_what_an_engine_does_not_offer_says_why(name, engine, scheme, reason):

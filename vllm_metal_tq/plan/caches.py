@@ -166,8 +166,6 @@ class VllmCache(Cache):
                 raise Unsupported("vllm-metal's blocks for windows of other shapes: not modelled")
         elif not all(layer.is_attention for layer in self._attention):
             raise Unsupported("the plugin refuses latents (MLA)")
-        elif shared:
-            raise Unsupported("the plugin refuses layers that read the cache of others")
         if 0 < self.num_states < 1.5 * len(self._attention):
             raise Unsupported("vLLM's blocks for so few states beside attention: not modelled")
 

@@ -7,7 +7,12 @@ import pytest
 
 from vllm_metal_tq import dispatch, msl
 from vllm_metal_tq.config import TurboQuantConfig
-from vllm_metal_tq.integrations.vllm.paged import EnginePool, PagedLayer, Segment
+from vllm_metal_tq.integrations.vllm.paged import (
+    EnginePool,
+    KernelTables,
+    PagedLayer,
+    Segment,
+)
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.msl.compiler import why_not_simulate
 from vllm_metal_tq.msl.simulate import simulate
@@ -36,6 +41,8 @@ class Engine:
 
     def step(self, tokens, counts, **options):
         """What requests get for as many of their next tokens each, in the order of ``counts``."""
+        if not counts:
+            return {}
         segments, parts, column = [], [], 0
         for request, count in counts.items():
             start = self.ends.get(request, 0)
@@ -52,6 +59,19 @@ class Engine:
             batch, row = self.layer._places[segment.request]
             shown = batch.block_table[row, : len(segment.blocks)]
             assert shown.tolist() == segment.blocks
+        return {s.request: out[:, :, s.columns] for s in segments}
+
+    def reread(self, tokens, counts, few=None, **options):
+        """What another layer gets from the same pages, for all new tokens or the last ``few``."""
+        segments, parts, column = [], [], 0
+        for request, count in counts.items():
+            end, count = self.ends[request], min(count, few or count)
+            columns = slice(column, column + count)
+            segments.append(Segment(request, columns, end - count, self.blocks[request]))
+            parts.append([x[:, :, end - count : end] for x in tokens[request]])
+            column += count
+        packed = [mx.concatenate(x, axis=2) for x in zip(*parts, strict=True)]
+        out = self.layer.attend(*packed, segments, scale=SCALE, sinks=SINKS, stored=True)
         return {s.request: out[:, :, s.columns] for s in segments}
 
 
@@ -97,6 +117,42 @@ def test_requests_that_come_and_go_get_what_each_would_alone(centre, window):
         assert close(mx.concatenate(outputs, axis=2), expected), request
 
 
+READ_BY_OTHERS = [
+    {"a": 40},
+    {"a": 1, "b": 70},
+    {"a": 1, "b": 1},
+    {"b": 9, "a": 3},
+    {"a": 1, "b": 1},
+]
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_layers_that_read_the_pages_of_another_get_the_same_and_write_nothing(window):
+    texts = {name: tokens(120, seed) for seed, name in enumerate("ab")}
+    engine, undisturbed = Engine(window=window), Engine(window=window)
+    for counts in READ_BY_OTHERS:
+        expected, own = undisturbed.step(texts, counts), engine.step(texts, counts)
+        pages = mx.array(engine.layer.pool.pages)
+        again = engine.reread(texts, counts)
+        for request, output in expected.items():
+            assert close(own[request], output)
+            assert close(again[request], output)
+        assert mx.array_equal(engine.layer.pool.pages, pages)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_of_a_long_chunk_they_may_read_for_the_last_token_alone(window):
+    texts = {name: tokens(120, seed) for seed, name in enumerate("ab")}
+    engine, patient = Engine(window=window), Engine(window=window)
+    for counts in READ_BY_OTHERS:
+        patient.step(texts, {name: count - 1 for name, count in counts.items() if count > 1})
+        expected, own = patient.step(texts, dict.fromkeys(counts, 1)), engine.step(texts, counts)
+        again = engine.reread(texts, counts, few=1)
+        for request, output in expected.items():
+            assert close(again[request], output)
+            assert counts[request] > 1 or close(own[request], output)
+
+
 def test_a_window_sees_what_a_short_text_would():
     # Tokens beyond the window change nothing, whatever they are.
     texts = {"a": tokens(60, 0)}
@@ -105,6 +161,29 @@ def test_a_window_sees_what_a_short_text_would():
     engine.step(texts, {"a": 59, "b": 59})
     last = engine.step(texts, {"a": 1, "b": 1})
     assert close(last["a"], last["b"])
+
+
+def test_layers_share_the_tables_that_kernels_take():
+    tables, first, second = KernelTables(), list(range(70)), [7, 8]
+    pool = EnginePool(LAYOUT, HEADS, 70)
+    made = tables.of([first, second], pool)
+    assert tables.of([first, second], pool) is made
+    assert made.shape == (2, 128)
+    assert made[0, :70].tolist() == first
+    assert made[1].tolist() == second + [0] * 126
+    tables.begin()
+    second += [9]
+    longer = tables.of([first, second], pool)
+    assert longer[0].tolist() == made[0].tolist()
+    assert longer[1, :4].tolist() == [7, 8, 9, 0]
+    assert (
+        tables.of([list(first), second], pool) is not longer
+    )  # another list may be of other blocks
+    tables.begin()
+    tables.begin()
+    assert tables.of([first, second], pool) is not longer  # nobody asked for it in a whole pass
+    with pytest.raises(ValueError, match="there is no block 70"):
+        tables.of([[70]], pool)
 
 
 @pytest.mark.skipif(not msl.can_simulate(), reason=str(why_not_simulate()))

@@ -95,16 +95,40 @@ def test_what_is_checked_is_renamed_and_travels_with_the_configuration(served):
     assert plugin.settings_of(config) == Settings(TurboQuantConfig(6, 5))
 
 
+@pytest.fixture
+def checked(monkeypatch):
+    """Check a model by fields of its configuration, as if vllm-metal were here."""
+    metal = SimpleNamespace(get_config=lambda: SimpleNamespace(use_paged_attention=True))
+    monkeypatch.setitem(sys.modules, "vllm_metal", SimpleNamespace(config=metal))
+    monkeypatch.setitem(sys.modules, "vllm_metal.config", metal)
+
+    def check(**fields):
+        fields = {"num_hidden_layers": 4} | fields
+        config = SimpleNamespace(model="a/model", hf_text_config=SimpleNamespace(**fields))
+        plugin._check_model(config)
+
+    return check
+
+
+def test_latents_are_refused_with_the_layers_that_have_them(checked):
+    with pytest.raises(NotImplementedError, match=r"a/model .*\(MLA\) in layers\.0.* layers\.3"):
+        checked(model_type="deepseek_v3", kv_lora_rank=512)
+
+
+def test_keys_that_are_read_by_other_layers_are_served_where_the_model_says_so(checked):
+    checked(model_type="gemma4_text", num_kv_shared_layers=2)
+    checked(model_type="gemma3n_text", num_kv_shared_layers=0)
+    with pytest.raises(NotImplementedError, match=r"a/model .* let them write to it too"):
+        checked(model_type="gemma3n_text", num_kv_shared_layers=2)
+
+
 def cache_config(**fields):
     defaults = {"block_size": None, "user_specified_block_size": False, "cache_dtype": "auto"}
     return SimpleNamespace(**defaults | {"kv_cache_dtype_skip_layers": []} | fields)
 
 
 def prepared(cache, **given):
-    parallel = SimpleNamespace(pipeline_parallel_size=1)
-    config = SimpleNamespace(
-        additional_config=given, cache_config=cache, model_config=None, parallel_config=parallel
-    )
+    config = SimpleNamespace(additional_config=given, cache_config=cache, model_config=None)
     plugin.prepare(config)
     return plugin.settings_of(config)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -30,12 +31,19 @@ from ...centre import Centre
 from ...tail import TAIL
 from . import forward
 from .cache import Layers, PagedCache
-from .settings import Settings, mla_complaint, shared_complaint
+from .settings import (
+    SHARING,
+    Settings,
+    assistant_complaint,
+    mla_complaint,
+    shared_complaint,
+)
 from .spec import compressed
 
 logger = init_logger("vllm.vllm_metal_tq")
 
-_ATTENTION = re.compile(r"layers\.(\d+)\.self_attn")  # how vllm-metal names what it caches
+_LAYER = re.compile(r"^layers\.(\d+)\.")  # how vllm-metal names what it caches
+_ATTENTION = re.compile(_LAYER.pattern + "self_attn")
 
 
 if TYPE_CHECKING:  # what comes after _Compressed
@@ -58,6 +66,15 @@ class CachePolicy(ModelCachePolicy):
     def __init__(self, runner: Any, model_adapter: Any, settings: Settings):
         super().__init__(runner, model_adapter)
         self._settings = settings
+        self._first = 0  # of the model's layers, here: a pipeline's stage has some of them
+        split = runner.apply_pipeline_split
+
+        def apply_pipeline_split(pp: Any) -> None:
+            self._first, _ = get_pp_indices(runner.num_layers, pp.rank, pp.size)
+            self._centres  # noqa: B018 (found by the whole model, which is here for the last time)
+            split(pp)
+
+        runner.apply_pipeline_split = apply_pipeline_split
         forward.install()
 
     def validate_paged_attention_support(self) -> None:
@@ -66,8 +83,11 @@ class CachePolicy(ModelCachePolicy):
         model = self._runner.model_config.model
         if self._runner.is_mla:
             raise NotImplementedError(mla_complaint(model, self._runner.num_layers))
-        if self._runner._yoco_cache_mapping or self._runner._gemma4_mtp_assistant:
+        shared = self._runner._yoco_cache_mapping is not None
+        if shared and self._runner.model_args["model_type"] not in SHARING:
             raise NotImplementedError(shared_complaint(model))
+        if self._runner._gemma4_mtp_assistant:
+            raise NotImplementedError(assistant_complaint(model))
 
     def _uses_deferred_mha_layout(self) -> bool:
         # With blocks of their own, layers with a window would share pages with others, which must
@@ -76,8 +96,23 @@ class CachePolicy(ModelCachePolicy):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vllm-metal's specs, those of compressed layers with their compressed size."""
+        specs = self._dense_specs().items()
+        return {name: self._spec(name, spec) for name, spec in specs}
+
+    def _dense_specs(self) -> dict[str, KVCacheSpec]:
+        """vllm-metal's specs under the numbers that layers have in the whole model.
+
+        Its own begin at 0 in each stage of a pipeline, and the engine takes layers of one name
+        for one layer.
+        """
         specs = super().get_kv_cache_spec()
-        return {name: self._spec(name, spec) for name, spec in specs.items()}
+        return {_LAYER.sub(self._in_model, name): spec for name, spec in specs.items()}
+
+    def _in_model(self, found: re.Match[str]) -> str:
+        return f"layers.{self._first + int(found[1])}."
+
+    def _mha_model_layer_names(self) -> tuple[str, ...]:
+        return tuple(_LAYER.sub(self._in_model, name) for name in super()._mha_model_layer_names())
 
     def _spec(self, name: str, spec: KVCacheSpec) -> KVCacheSpec:
         found = _ATTENTION.fullmatch(name)
@@ -104,7 +139,7 @@ class CachePolicy(ModelCachePolicy):
         dtype = self._require_kv_cache_dtype()
         tokens = [
             2 * spec.num_kv_heads * spec.head_size * dtype.size
-            for name, spec in super().get_kv_cache_spec().items()
+            for name, spec in self._dense_specs().items()
             if self._spec(name, spec) is not spec
         ]
         requests = self._runner.scheduler_config.max_num_seqs
@@ -122,8 +157,9 @@ class CachePolicy(ModelCachePolicy):
 
     def _build_mha_backend(self, block_size: int) -> mha.MHAPagedAttentionRuntime:
         dense = super()._build_mha_backend(block_size)
-        layers, _ = self._mha_cache_layout()
-        return _taking_over(dense, CompressedRuntime, self._layers(range(layers)))
+        count, _ = self._mha_cache_layout()
+        layers = range(self._first, self._first + count)
+        return _taking_over(dense, CompressedRuntime, self._layers(layers))
 
     def _build_hybrid_backend(self, block_size: int) -> hybrid.HybridPagedAttentionRuntime:
         dense = super()._build_hybrid_backend(block_size)
@@ -153,12 +189,18 @@ class CachePolicy(ModelCachePolicy):
         from ..mlx_lm.measure import find_or_calibrate
 
         runner, asked = self._runner, self._settings.calibration
+        model, folder = runner._forward_model, runner.model_config.model
         if isinstance(asked, str):
-            found = calibration.load(Path(asked), runner._forward_model)
+            found = calibration.load(Path(asked), model)
+        elif asked and runner.pp:  # no stage has room to run the whole model
+            found = calibration.find(model, folder if Path(folder).is_dir() else None)
+            if found is None:
+                raise FileNotFoundError(
+                    "there is no calibration, and no stage of a pipeline can make one; "
+                    f"`vllm-metal-tq calibrate --model {folder}` does, on each Mac"
+                )
         else:
-            found = asked and find_or_calibrate(
-                runner._forward_model, runner.tokenizer, runner.model_config.model
-            )
+            found = asked and find_or_calibrate(model, runner.tokenizer, folder)
         if found and len(found.centres) != runner.num_layers:
             raise ValueError(
                 f"it is of {len(found.centres)} layers, the model has {runner.num_layers}"
@@ -215,7 +257,7 @@ class _Compressed(_Runtime):
     def populate_step_context(self, *, req_ids: list[str], ctx: Any, **rest: Any) -> None:
         """Note whose tokens a forward pass has."""
         super().populate_step_context(req_ids=req_ids, ctx=ctx, **rest)
-        ctx.turboquant_requests = list(req_ids)
+        self.kv_cache.begin(req_ids)
 
     def extend_forward_eval_outputs(self, outputs: list[mx.array]) -> None:
         """A first chunk's logits do not depend on what is stored: it would stay unevaluated."""

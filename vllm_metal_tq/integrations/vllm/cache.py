@@ -13,7 +13,7 @@ from vllm_metal.attention.caches.kv_cache import MetalPagedKVCache
 from ...centre import Centre
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
-from .paged import EnginePool, PagedLayer, Segment
+from .paged import EnginePool, KernelTables, PagedLayer, Segment
 
 logger = init_logger("vllm.vllm_metal_tq")
 
@@ -45,6 +45,7 @@ class PagedCache(MetalPagedKVCache):
 
     def _allocate_dense_caches(self, dtype: mx.Dtype) -> None:
         self._blocks: dict[str, tuple[list[int], list[int]]] = {}  # the engine's, and ours
+        self._shown = KernelTables()
         self.layers = [
             self._layer(i, config) if config else None
             for i, config in enumerate(self.compression.configs)
@@ -61,7 +62,7 @@ class PagedCache(MetalPagedKVCache):
         blocks = self.num_blocks * self._pages
         pool = EnginePool(layout, self.kv_heads_per_layer[which], blocks)
         window = max(self.sliding_window_per_layer[which], 0)  # theirs is -1 for none
-        return PagedLayer(pool, self.compression.centres[which], window)
+        return PagedLayer(pool, self.compression.centres[which], window, self._shown)
 
     @property
     def _pages(self) -> int:
@@ -102,6 +103,22 @@ class PagedCache(MetalPagedKVCache):
         for request in requests:
             self._blocks.pop(request, None)
 
+    def begin(self, requests: Iterable[str]) -> None:
+        """A forward pass has tokens of these requests, in this order."""
+        self._requests = list(requests)
+        self._shown.begin()
+        self._ends: dict[str, int] = {}  # of each request, where its tokens end in the batch
+
+    def last(self, segments: Sequence[Segment], *packed: mx.array) -> list[mx.array]:
+        """Of keys or values of a pass, ``(1, heads, T, D)``, those of the last tokens alone.
+
+        Layers that read the pages of others may come after a choice of tokens, whose segments
+        these are.
+        """
+        ends = ((self._ends[segment.request], segment.count) for segment in segments)
+        chosen = mx.array([i for end, count in ends for i in range(end - count, end)])
+        return [x[:, :, chosen] for x in packed]
+
     def segments(self, ctx: Any) -> list[Segment]:
         """The requests of a forward pass, with the blocks of the layers' pages."""
         if "turboquant" not in ctx.kernel_metadata_cache:  # which lasts as long as the pass
@@ -114,11 +131,11 @@ class PagedCache(MetalPagedKVCache):
         group = self.group_index_for_layer(0)
         tables = ctx.kv_groups[group].block_tables if ctx.kv_groups else ctx.block_tables
         found: list[Segment] = []
-        requests = iter(ctx.turboquant_requests)
+        requests = iter(self._requests)
         for i, (offset, table) in enumerate(zip(ctx.offsets, tables, strict=True)):
             start, stop = ctx.cu_seqlens[i], ctx.cu_seqlens[i + 1]
             by_index = ctx.segment_positions is None or ctx.segment_positions[i] is None
-            if i and table is tables[i - 1] and offset == found[-1].offset + found[-1].count:
+            if i and offset == found[-1].offset + found[-1].count and table == tables[i - 1]:
                 columns = slice(found[-1].columns.start, stop)
                 by_index = by_index and found[-1].by_index
                 found[-1] = replace(found[-1], columns=columns, by_index=by_index)
@@ -126,6 +143,7 @@ class PagedCache(MetalPagedKVCache):
             request = next(requests)
             blocks = self._page_blocks(request, table)
             found.append(Segment(request, slice(start, stop), offset, blocks, by_index))
+        self._ends = self._ends or {x.request: x.columns.stop for x in found}
         return found
 
     def _page_blocks(self, request: str, table: list[int]) -> list[int]:

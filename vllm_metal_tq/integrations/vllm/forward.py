@@ -20,7 +20,8 @@ def forward(
     layer = kv_cache.layers[layer_idx] if isinstance(kv_cache, PagedCache) else None
     if layer is None:
         return _dense_forward(inner, x, ctx, kv_cache, layer_idx, *args, **options)
-    return _forward(inner, x, ctx, kv_cache, layer, options.get("position_embeddings"))
+    shared = args[0] if args else options.get("shared_kv")
+    return _forward(inner, x, ctx, kv_cache, layer, shared, options.get("position_embeddings"))
 
 
 def _forward(
@@ -29,25 +30,30 @@ def _forward(
     ctx: Any,
     kv_cache: PagedCache,
     layer: PagedLayer,
+    shared: Any,
     embeddings: Any,
 ) -> Any:
     heads = getattr(inner, "n_heads", None) or inner.num_attention_heads
     kv_heads = getattr(inner, "n_kv_heads", None) or inner.num_key_value_heads
     scale = getattr(inner, "scale", None)
     queries, keys, values, gate, kv = sdpa.prepare_sdpa_qkv(
-        inner, x, ctx, heads, kv_heads, position_embeddings=embeddings
+        inner, x, ctx, heads, kv_heads, shared, position_embeddings=embeddings
     )
     head_dim = queries.shape[-1]
     queries, keys, values = sdpa.pad_qkv_to_cache_head_dim(
         queries, keys, values, head_dim, layer.pool.layout.head_dim
     )
+    segments = kv_cache.segments(ctx)
+    if shared is not None and keys.shape[2] != queries.shape[2]:
+        keys, values = kv_cache.last(segments, keys, values)
     attended = layer.attend(
         queries,
         keys,
         values,
-        kv_cache.segments(ctx),
+        segments,
         scale=inner.sm_scale if scale is None else scale,
         sinks=getattr(inner, "sinks", None),
+        stored=shared is not None,
     )
     out = attended[..., :head_dim].swapaxes(1, 2).reshape(*x.shape[:2], -1)
     if gate is not None:

@@ -69,6 +69,58 @@ class EnginePool(PagePool):
         self.put(list(target), pages)
 
 
+class KernelTables:
+    """Block tables as kernels take them, each made once for all layers that have these blocks."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], _Made] = {}
+        self._asked: dict[tuple[int, ...], _Made] = {}
+
+    def begin(self) -> None:
+        """A forward pass begins: what the last one did not ask for is forgotten."""
+        self._made, self._asked = self._asked, {}
+
+    def of(self, lists: list[list[int]], pool: PagePool) -> mx.array:
+        """Int32 ``(B, max_blocks)``, padded with zeros, of the blocks of B sequences.
+
+        Args:
+            lists: as segments have them: a list that was given before is at most longer.
+            pool: where the blocks are; those of all layers have as many.
+
+        Raises:
+            ValueError: a block is not there.
+        """
+        which = tuple(map(id, lists))
+        made = self._asked.get(which) or self._made.get(which) or _Made(lists)
+        self._asked[which] = made
+        return made.table(pool)
+
+
+class _Made:
+    """The table of some lists of blocks, and how much of them it shows."""
+
+    def __init__(self, lists: list[list[int]]):
+        self._lists, self._shown = lists, [0] * len(lists)  # held, so that no other has their ids
+        self._table: mx.array | None = None
+
+    def table(self, pool: PagePool) -> mx.array:
+        lengths = [len(blocks) for blocks in self._lists]
+        for blocks, start in zip(self._lists, self._shown, strict=True):
+            pool.check(blocks[start:])
+        if self._table is None or max(lengths) > self._table.shape[1]:
+            # A power of two, so that shapes, and what is compiled for them, seldom change.
+            width = max(64, 1 << (max(lengths) - 1).bit_length())
+            padded = [blocks + [0] * (width - len(blocks)) for blocks in self._lists]
+            self._table = mx.array(padded, mx.int32)
+        else:
+            for i, (start, stop) in enumerate(zip(self._shown, lengths, strict=True)):
+                if start < stop:
+                    new = mx.array(self._lists[i][start:stop], mx.int32)
+                    self._table[i, start:stop] = new
+        self._shown = lengths
+        return self._table
+
+
 class _Blocks(BlockTable):
     """Blocks that the engine has given to a request."""
 
@@ -84,13 +136,11 @@ class _Blocks(BlockTable):
         )
 
     def follow(self, segment: Segment) -> None:
-        """Take over what the engine says of the blocks, where they are there and enough.
+        """Take over the engine's blocks, where they are enough.
 
         Raises:
             ValueError: they are not.
         """
-        unchanged = self.unchanged if segment.blocks is self.blocks else 0
-        self.pool.check(segment.blocks[unchanged:])
         needed = segment.offset + segment.count
         if segment.offset < 0 or needed > len(segment.blocks) * self._block_size:
             raise ValueError(
@@ -98,7 +148,6 @@ class _Blocks(BlockTable):
                 f"tokens after {segment.offset}"
             )
         self.hold(segment.blocks, segment.offset)
-        self.unchanged = unchanged
 
 
 class _Batch(Sequences):
@@ -109,12 +158,14 @@ class _Batch(Sequences):
         pool: PagePool,
         centre: Centre | None,
         window: int,
+        shown: KernelTables,
         tail: Tail,
         offsets: Sequence[int],
     ):
         super().__init__(pool, 0, centre=centre, window=window)
         self.tables = [_Blocks(pool) for _ in offsets]
         self.tail, self.offsets, self._by_index = tail, list(offsets), True
+        self._shown = shown
 
     def follow(self, segments: Sequence[Segment]) -> None:
         """Go to where the segments begin; what a tail holds beyond that is forgotten."""
@@ -125,6 +176,17 @@ class _Batch(Sequences):
             self.tail.lengths[i] = max(self.tail.lengths[i] - beyond, 0) if beyond >= 0 else 0
         self.offsets = [segment.offset for segment in segments]
         self._by_index = all(segment.by_index for segment in segments)
+
+    def reread(self, segments: Sequence[Segment]) -> None:
+        """Go to the last tokens of what is stored: those of the segments."""
+        for table, segment in zip(self.tables, segments, strict=True):
+            table.hold(segment.blocks, segment.offset + segment.count)
+        self._columns = [slice(0, segment.count) for segment in segments]
+
+    @property
+    def block_table(self) -> mx.array:
+        """The blocks as kernels take them: int32 ``(B, max_blocks)``, padded with zeros."""
+        return self._shown.of([table.blocks for table in self.tables], self.pool)
 
     def _make_room(self, counts: list[int]) -> None:
         pass  # the engine has made it
@@ -142,12 +204,20 @@ class PagedLayer:
         pool: its pages. Layers that the engine gives different blocks may share one.
         centre: calibration of the layer, or None.
         window: how many tokens a query sees, itself included; 0 is all.
+        shown: block tables that it shares with other layers.
     """
 
-    def __init__(self, pool: EnginePool, centre: Centre | None = None, window: int = 0):
+    def __init__(
+        self,
+        pool: EnginePool,
+        centre: Centre | None = None,
+        window: int = 0,
+        shown: KernelTables | None = None,
+    ):
         self.pool = pool
         self.centre = centre
         self.window = window
+        self._shown = shown or KernelTables()
         self._places: dict[str, tuple[_Batch, int]] = {}  # of each request, its batch and row
 
     def attend(
@@ -159,6 +229,7 @@ class PagedLayer:
         *,
         scale: float,
         sinks: mx.array | None = None,
+        stored: bool = False,
     ) -> mx.array:
         """Store the new tokens of a packed batch and attend from them.
 
@@ -169,6 +240,8 @@ class PagedLayer:
             segments: which tokens are whose, in the order of their columns.
             scale: factor of the logits.
             sinks: a learned logit for each head, ``(num_heads,)``, or None.
+            stored: another layer stored these tokens just now, the last of each request: they are
+                attended from, and nothing is written.
 
         Returns:
             ``(1, num_heads, T, head_dim)`` in the queries' dtype.
@@ -180,10 +253,13 @@ class PagedLayer:
         outputs = []
         for group in grouped(segments):
             batch = self._batch([segment.request for segment in group])
-            batch.follow(group)
             q, k, v = (_unpacked(x, group) for x in (queries, keys, values))
-            batch.store(k, v)
-            batch.tail.settle()
+            if stored:
+                batch.reread(group)
+            else:
+                batch.follow(group)
+                batch.store(k, v)
+                batch.tail.settle()
             attended = batch.attend(q, k, v, scale=scale, mask="causal", sinks=sinks)
             outputs.append(_packed(attended))
         return mx.concatenate(outputs, axis=2) if outputs[1:] else outputs[0]
@@ -208,7 +284,9 @@ class PagedLayer:
             return batch
         tails = [place[0].tail.take([place[1]]) if place else Tail() for place in places]
         offsets = [place[0].offsets[place[1]] if place else 0 for place in places]
-        batch = _Batch(self.pool, self.centre, self.window, Tail.joined(tails), offsets)
+        batch = _Batch(
+            self.pool, self.centre, self.window, self._shown, Tail.joined(tails), offsets
+        )
         self._places |= {request: (batch, row) for row, request in enumerate(requests)}
         return batch
 

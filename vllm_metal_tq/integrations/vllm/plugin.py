@@ -13,7 +13,15 @@ from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .settings import CACHE_DTYPES, FOREIGN, UNCOMPRESSED, Settings, mla_complaint, shared_complaint
+from .settings import (
+    CACHE_DTYPES,
+    FOREIGN,
+    SHARING,
+    UNCOMPRESSED,
+    Settings,
+    mla_complaint,
+    shared_complaint,
+)
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
@@ -104,8 +112,6 @@ def prepare(vllm_config: VllmConfig) -> None:
         return
     _check_versions()
     _check_model(vllm_config.model_config)
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise NotImplementedError("turboquant does not serve --pipeline-parallel-size > 1 yet")
     _set_block_size(vllm_config.cache_config, settings, "block_size" in given)
     foreign = {key: given[key] for key in FOREIGN if key in given}
     own = {key: value for key, value in given.items() if key not in foreign}
@@ -191,7 +197,7 @@ def _check_model(model_config: ModelConfig | None) -> None:
     config = model_config.hf_text_config
     if getattr(config, "kv_lora_rank", None):
         raise NotImplementedError(mla_complaint(model_config.model, config.num_hidden_layers))
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "num_kv_shared_layers", 0) and config.model_type not in SHARING:
         raise NotImplementedError(shared_complaint(model_config.model))
 
 

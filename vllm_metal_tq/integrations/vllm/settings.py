@@ -34,6 +34,9 @@ CACHE_DTYPES = {
 UNCOMPRESSED = "bf16"
 _MOST_LAYERS = 10_000  # of a model: ranges of layers are written out
 
+SHARING = ("gemma4", "gemma4_text")
+"""Model types whose layers get from the model what the layer whose cache they read has stored."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -121,8 +124,16 @@ def _overrides(given: str | Mapping[str, Any]) -> tuple[str, frozenset[int]]:
 def shared_complaint(model: str) -> str:
     """Why a model with layers that read the cache of others is refused."""
     return (
-        f"turboquant: {model} has layers that read the cache of others, which is not supported; "
-        "turn turboquant off for this model"
+        f"turboquant: {model} has layers that read the cache of others, and vllm-metal would let "
+        f"them write to it too (but for {', '.join(SHARING)}); turn turboquant off for this model"
+    )
+
+
+def assistant_complaint(model: str) -> str:
+    """Why Gemma 4's assistant for drafts is refused."""
+    return (
+        f"turboquant: the assistant that drafts for {model} (MTP) reads an uncompressed cache; "
+        "drop --speculative-config, or turn turboquant off"
     )
 
 
