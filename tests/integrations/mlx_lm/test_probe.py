@@ -3,6 +3,7 @@
 import mlx.core as mx
 import mlx_lm.models.cache as host
 import mlx_lm.models.llama as llama_module
+import pytest
 from models import build, llama, tokens
 
 from vllm_metal_tq import TurboQuantKVCache, make_prompt_cache
@@ -110,6 +111,10 @@ def test_state_space_layers_keep_their_cache():
     run(model, 1, 4)
 
 
+@pytest.mark.skipif(
+    not hasattr(host.KVCache, "keys_and_values"),
+    reason="before mlx_lm 0.32 layers read a cache's state, and it is kept as it is",
+)
 def test_layers_that_share_keys_share_a_compressed_cache():
     text = {
         "model_type": "gemma3n_text",
