@@ -27,7 +27,7 @@ _running = ExitStack()
 def server():
     logging.disable(logging.CRITICAL)
     limits = ServerOptions(max_body_bytes=MAX_BODY, client_timeout=TIMEOUT)
-    made = serving.server(model=models.llama(num_hidden_layers=1), blocks=16, limits=limits)
+    made = serving.server(model=models.llama(num_hidden_layers=1), blocks=6, limits=limits)
     return _running.enter_context(made)
 
 
@@ -156,7 +156,7 @@ def check_request(case: tuple[str, bytes]) -> str:
 
 def _answer(served, how: str, data: bytes) -> tuple[int | None, bytes]:
     """The status of the answer, None where there is none, and its body."""
-    with socket.create_connection(served.server_address, timeout=15) as connection:
+    with socket.create_connection(served.server_address, timeout=50) as connection:
         try:
             for start in range(0, len(data), 40) if how == "pieces" and len(data) < 800 else [0]:
                 connection.sendall(data[start : start + 40] if how == "pieces" else data)
@@ -172,6 +172,8 @@ def _answer(served, how: str, data: bytes) -> tuple[int | None, bytes]:
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
         except ConnectionError:
             return None, b""
+        except TimeoutError:
+            raise Finding("no answer for 50 s") from None
     head, _, rest = answer.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/"):
         return None, answer
