@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,27 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--pipeline``."""
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="with mlx.launch: some layers for each process, not some heads of all layers",
+    )
+
+
+@contextmanager
+def printed_once() -> Iterator[None]:
+    """Let the first process alone print to standard output, where there are several."""
+    from ..integrations.mlx_lm import distributed
+
+    if distributed.rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def add_head_dim_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--head-dim``."""
     parser.add_argument(
@@ -107,8 +129,15 @@ def scheme_fields(config: TurboQuantConfig) -> dict[str, str | None]:
     return {"preset": config.preset, "k_quant": config.k_quant, "v_quant": config.v_quant}
 
 
-def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
+def load_model(
+    name: str, pipeline: bool = False, **tokenizer_config: Any
+) -> tuple[nn.Module, TokenizerWrapper]:
     """Load ``(model, tokenizer)`` by the name given as ``--model``.
+
+    Args:
+        name: the name.
+        pipeline: of several processes, whether each gets some layers, not a share of all heads.
+        tokenizer_config: options of the tokenizer, as mlx_lm takes them.
 
     Raises:
         ValueError: it cannot be had; the message says why.
@@ -117,17 +146,27 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         with progress_bar("demo model", DownloadColumn()) as advance:
             from .. import demo_model
 
-            return demo_model.load(advance)
+            model, tokenizer = demo_model.load(advance)
+        _shard(model, pipeline)
+        return model, tokenizer
     with progress_bar("import mlx_lm"):
         import mlx_lm
 
     try:
-        model, tokenizer = mlx_lm.load(name, lazy=True)[:2]  # shows a download by itself
+        loaded = mlx_lm.load(name, tokenizer_config, lazy=True)  # shows a download by itself
+        model, tokenizer = loaded[:2]
+        _shard(model, pipeline)
         _read_weights(model)
         return model, tokenizer
     except Exception as error:  # hub, network and format errors share no base class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+
+
+def _shard(model: nn.Module, pipeline: bool) -> None:
+    from ..integrations.mlx_lm import distributed
+
+    distributed.shard(model, pipeline)
 
 
 def _read_weights(model: nn.Module) -> None:

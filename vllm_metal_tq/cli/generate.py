@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and no text")
 
 
+@common.printed_once()
 def run(args: argparse.Namespace) -> None:
     """Generate, stream the text, and say what the cache held."""
     _check(args)
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    model, tokenizer = common.load_model(args.model)
+    model, tokenizer = common.load_model(args.model, args.pipeline)
     config, cache = _cache(args, model, tokenizer)
     draft_model, draft_cache = _drafter(args, model, tokenizer, cache)
     prompt = prompts.tokens(args, tokenizer, begins=not args.prompt_cache_file)
@@ -110,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from ..integrations.mlx_lm import distributed
+
     prompts.check(args, "max_tokens", "num_draft_tokens", "prompt_lookup")
     own = ("preset", "k_quant", "v_quant", "layers", "max_kv_size", "calibration")
     with_file = "--prompt-cache-file, whose cache has its own"
@@ -126,6 +129,8 @@ def _check(args: argparse.Namespace) -> None:
         for other, reason in unfit.items() if getattr(args, name) else ():
             if getattr(args, other) is not None:
                 raise ValueError(f"{prompts.flag(other)} cannot be given with {reason}")
+    if args.draft_model and distributed.size() > 1:
+        raise ValueError("--draft-model cannot be given with mlx.launch: mlx_lm divides no drafts")
 
 
 def _cache(
@@ -137,7 +142,7 @@ def _cache(
     if not args.prompt_cache_file:
         return prompts.empty_cache(args, model, tokenizer)
     with common.progress_bar("prompt cache"):
-        cache = ours.load_prompt_cache(args.prompt_cache_file, model)
+        cache = ours.load_prompt_cache(prompts.cache_file(args), model)
     widths = (c.layout.config for c in cache if isinstance(c, ours.TurboQuantKVCache))
     return next(widths, common.scheme(args)), cache
 
@@ -210,9 +215,12 @@ def _responses(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from ..integrations.mlx_lm import distributed
+
+    sampler = make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k)
     options = {
         "max_tokens": args.max_tokens,
-        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+        "sampler": distributed.same(sampler),
         "prompt_cache": cache,
         "prefill_step_size": args.prefill_step_size,
         "prompt_progress_callback": advance,
