@@ -12,7 +12,7 @@ import pytest
 
 from vllm_metal_tq.cli import main, serve
 
-OURS = {"kv_bits", "kv_group_size", "quantized_kv_start", "pipeline"}  # fixed, not flags
+OURS = {"kv_bits", "kv_group_size", "quantized_kv_start"}  # fixed, not flags
 
 
 def flags_of(parser):

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-@common.printed_once()
+@common.together()
 def run(args: argparse.Namespace) -> None:
     """Process the prompt, write the file, and say what is in it."""
     prompts.check(args)

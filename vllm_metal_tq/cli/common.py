@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +75,17 @@ def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def printed_once() -> Iterator[None]:
-    """Let the first process alone print to standard output, where there are several."""
+def together() -> Iterator[None]:
+    """Where there are several processes: the first alone prints, and none ends before the others.
+
+    One that fails does, and what the others wait for then fails as well.
+    """
     from ..integrations.mlx_lm import distributed
 
-    if distributed.rank() == 0:
+    quiet = redirect_stdout(StringIO()) if distributed.rank() else nullcontext()
+    with quiet:
         yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
+        distributed.finish()
 
 
 def add_head_dim_argument(parser: argparse.ArgumentParser) -> None:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and no text")
 
 
-@common.printed_once()
+@common.together()
 def run(args: argparse.Namespace) -> None:
     """Generate, stream the text, and say what the cache held."""
     _check(args)

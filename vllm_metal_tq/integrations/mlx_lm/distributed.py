@@ -17,6 +17,7 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.generate import generation_stream
 
 from ...calibration import fingerprint
 from ...part import Part
@@ -109,6 +110,19 @@ def least(number: int | None) -> int | None:
     unlimited = 2**62
     found = -most(-unlimited if number is None else -number)
     return None if found == unlimited else found
+
+
+def finish() -> None:
+    """Wait until all processes have come here, with nothing under way.
+
+    mlx_lm's generation has begun one more step when it ends, which waits for the others. And MLX
+    keeps no order between what two streams send, so that this belongs between generating and
+    running the model otherwise, too.
+    """
+    if size() > 1:
+        mx.synchronize(generation_stream)
+        mx.synchronize()
+        most(0)
 
 
 def gather(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
