@@ -162,7 +162,8 @@ def run(args: argparse.Namespace) -> None:
     from ..integrations.mlx_lm import distributed
     from ..integrations.mlx_lm import server as ours
 
-    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    level = args.log_level if distributed.rank() == 0 else "ERROR"  # others would repeat it
+    logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     provider = ours.Provider(args, partial(_load, args), lambda *loaded: _pools(args, *loaded))
     options = ours.ServerOptions(args.max_body_size, args.client_timeout)
     generator = ours.Generator(provider, ours.Stats())

@@ -6,10 +6,7 @@
 import sys
 from pathlib import Path
 
-from vllm_metal_tq import openblas
-
-openblas.preload()  # before MLX
-
+import conftest  # noqa: F401  # first of all: it loads OpenBLAS
 import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import greedy_sampler
@@ -89,8 +86,9 @@ def seen(kind, folder):
         "fingerprint": [int(measured.fingerprint, 16) % 2**62],
     }
     for i, centre in enumerate(measured.centres):
-        for name, array in zip(("pairs", "mu", "t", "m"), centre.arrays if centre else ()):
-            found[f"{name}{i}"] = array
+        if centre:
+            names = (f"{name}{i}" for name in ("pairs", "mu", "t", "m"))
+            found |= dict(zip(names, centre.arrays, strict=True))
     found |= _from_file(model, folder) | _kept(model, folder) | _saved(model, cache, folder)
     return {name: np.array(array) for name, array in found.items()}
 

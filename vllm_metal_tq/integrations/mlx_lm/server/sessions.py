@@ -59,7 +59,7 @@ class Session:
     def stop(self) -> None:
         """End its generation at the next step."""
         self.stopped = True
-        if self.context is not None and not self.unstoppable:
+        if self.context is not None:
             self.context.stop()
 
     def why_stopped(self) -> Exception:
@@ -68,8 +68,10 @@ class Session:
 
     def admitted(self, context: GenerationContext) -> None:
         """mlx_lm's context has been made."""
+        if self.unstoppable:  # for mlx_lm's handler as well, which calls it when it cannot write
+            context.stop = lambda: None  # type: ignore[method-assign]
         self.context = context
-        if self.stopped and not self.unstoppable:  # meanwhile
+        if self.stopped:  # meanwhile
             context.stop()
 
 
