@@ -221,17 +221,6 @@ def _anything(words: list[str]) -> None:
     """A program of the system, whose arguments are its own."""
 
 
-_SYSTEM = (
-    "apt-get",
-    "brew",
-    "cd",
-    "curl",
-    "echo",
-    "git",
-    "mlx.distributed_config",
-    "source",
-    "sudo",
-)
 _CHECKS = {
     "vllm-metal-tq": _our_command,
     "python": _python,
@@ -241,4 +230,4 @@ _CHECKS = {
     "vllm": _vllm,
     "mlx.launch": _launch,
     "mlx.distributed_config": _anything,
-} | dict.fromkeys(_SYSTEM, _anything)
+} | dict.fromkeys(("apt-get", "brew", "cd", "curl", "echo", "git", "source", "sudo"), _anything)

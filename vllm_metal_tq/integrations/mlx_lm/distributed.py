@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,7 +57,7 @@ def shard(model: nn.Module, pipeline: bool = False) -> None:
     shapes = plain_attention(model)
     whole, kind = fingerprint(model), type(model).__module__.rpartition(".")[2]
     if pipeline:
-        stages = getattr(model, "model", None)
+        stages: Any = getattr(model, "model", None)
         if not hasattr(stages, "pipeline"):
             raise ValueError(f"mlx_lm runs no {kind} model as a pipeline: try without --pipeline")
         if len(shapes) < size():
@@ -86,7 +87,7 @@ def _check_heads(counts: set[int]) -> None:
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
     """Let a stage of a pipeline run by itself: on the embeddings, with nobody before or after."""
-    stages = getattr(model, "model", None)
+    stages: Any = getattr(model, "model", None)
     if getattr(stages, "pipeline_size", 1) == 1:
         yield
         return
@@ -102,7 +103,7 @@ def most(number: int) -> int:
     """The largest of the numbers that all processes name."""
     if size() == 1:
         return number
-    return int(mx.distributed.all_max(mx.array(number, mx.int64)).item())
+    return cast(int, mx.distributed.all_max(mx.array(number, mx.int64)).item())
 
 
 def least(number: int | None) -> int | None:
@@ -134,9 +135,9 @@ def gather(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     mine = np.frombuffer(file.getvalue(), np.uint8)
     padded = np.zeros(most(len(mine)), np.uint8)
     padded[: len(mine)] = mine
-    lengths = mx.distributed.all_gather(mx.array([len(mine)], mx.int64)).tolist()
+    lengths = mx.distributed.all_gather(mx.array([len(mine)], mx.int64))
     everything = np.array(mx.distributed.all_gather(mx.array(padded)[None]))
-    parts = zip(everything, lengths, strict=True)
+    parts = zip(everything, cast(list[int], lengths.tolist()), strict=True)
     return [dict(np.load(io.BytesIO(part[:n].tobytes()), allow_pickle=False)) for part, n in parts]
 
 

@@ -69,7 +69,7 @@ class Session:
     def admitted(self, context: GenerationContext) -> None:
         """mlx_lm's context has been made."""
         if self.unstoppable:  # for mlx_lm's handler as well, which calls it when it cannot write
-            context.stop = lambda: None  # type: ignore[method-assign]
+            context.stop = lambda: None
         self.context = context
         if self.stopped:  # meanwhile
             context.stop()
