@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parent
 SECONDS = 300  # after which processes are killed, whatever they do
@@ -28,10 +31,7 @@ def started(count, folder, *command, **environment):
     """
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    common = {"MLX_HOSTFILE": str(hosts), "PYTHONPATH": paths, "MLX_ENABLE_TF32": "0"}
-    # More threads than cores only wait for each other.
-    common |= {"OPENBLAS_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)} | environment
+    common = _environment(folder) | {"MLX_HOSTFILE": str(hosts)} | environment
     processes = []
     try:
         for rank in range(count):
@@ -51,6 +51,35 @@ def started(count, folder, *command, **environment):
             process.kill()
         for process in processes:
             process.wait()
+
+
+def mpirun(count, folder, *command):
+    """Run so many processes of ``python COMMAND`` over MPI.
+
+    Returns:
+        What they said where they failed, else "".
+    """
+    program = shutil.which("mpirun")
+    if program is None:
+        pytest.skip("needs Open MPI: apt-get install openmpi-bin libopenmpi-dev")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(
+        [program, "-n", str(count), "--oversubscribe", sys.executable, *command],
+        env=os.environ | _environment(folder) | root,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+    )
+    return done.stdout if done.returncode else ""
+
+
+def _environment(folder):
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    # More threads than cores only wait for each other.
+    threads = {"OPENBLAS_NUM_THREADS": "1", "MLX_ENABLE_TF32": "0"}
+    return {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder)} | threads
 
 
 def wait(processes, seconds=SECONDS):

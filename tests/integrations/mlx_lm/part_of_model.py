@@ -106,11 +106,12 @@ def _kept(model, folder):
     """How many files there are once a calibration was made at first use; and it is found."""
     made = measure.find_or_calibrate(model, Letters())
     distributed.most(0)  # all have written
-    files = sum(file.suffix == ".safetensors" for file in calibration.place(model).parent.iterdir())
+    place = calibration.place(model)
+    scratch = [file for file in place.parent.iterdir() if file.name.startswith(".")]
     again = calibration.find(model)
     pairs = zip(made.centres, again.centres, strict=True)
     equal = [bool(mx.array_equal(a.mu, b.mu)) if a and b else a is b for a, b in pairs]
-    return {"files": [files], "found_again": equal}
+    return {"kept": [place.is_file() and not scratch], "found_again": equal}
 
 
 def _saved(model, cache, folder):

@@ -31,17 +31,28 @@ def alone(tmp_path_factory):
     return folder, found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "2 over ring",
+        pytest.param("3 over ring", marks=pytest.mark.slow),
+        pytest.param("2 over mpi", marks=pytest.mark.slow),
+    ],
+)
 def together(request, alone, tmp_path_factory):
     """What each of several processes sees, by kind of model."""
-    count, folder = request.param, tmp_path_factory.mktemp("together")
+    count, folder = int(request.param[0]), tmp_path_factory.mktemp("together")
     for kind in MODELS:
         (folder / kind).mkdir()
         whole = alone[0] / kind / "whole.safetensors"
         (folder / kind / whole.name).write_bytes(whole.read_bytes())
-    with ranks.started(count, folder, part_of_model.__file__, str(folder)) as processes:
-        statuses = ranks.wait(processes)
-    assert statuses == [0] * count, "\n".join(ranks.said(folder, count))
+    command = part_of_model.__file__, str(folder)
+    if "mpi" in request.param:
+        assert ranks.mpirun(count, folder, *command) == ""
+    else:
+        with ranks.started(count, folder, *command) as processes:
+            statuses = ranks.wait(processes)
+        assert statuses == [0] * count, "\n".join(ranks.said(folder, count))
     return {kind: [np.load(folder / kind / f"{r}.npz") for r in range(count)] for kind in MODELS}
 
 
@@ -83,7 +94,7 @@ def test_what_they_calibrate_together_is_what_one_does(kind, alone, together):
         assert own["centred"].tolist() == whole["centred"].tolist()
         for name in centred:
             assert np.allclose(own[name], whole[name], atol=1e-5), name
-        assert own["files"].tolist() == [1]
+        assert own["kept"].all()
         assert own["found_again"].all()
 
 

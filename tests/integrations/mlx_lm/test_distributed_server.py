@@ -51,7 +51,14 @@ def answers(served):
     return [*found, complete(client, PROMPTS[0], seed=1)]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("llama", 2), ("pipeline", 2), ("llama", 3)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("llama", 2),
+        pytest.param("pipeline", 2, marks=pytest.mark.slow),
+        pytest.param("llama", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_answers_are_those_of_one_process(kind, count, tmp_path):
     model = MODELS[kind][0]()
     with serving.server("--kv-budget", BUDGET, model=model) as alone:
@@ -104,6 +111,7 @@ def test_when_one_dies_the_others_end_and_clients_are_told(tmp_path):
     assert "connection to a peer was lost" in ranks.said(tmp_path, 2)[0]
 
 
+@pytest.mark.slow
 def test_keys_end_all_of_them(tmp_path):
     with running("llama", 2, tmp_path) as served:
         for process in served.processes:  # a terminal tells all of them
