@@ -9,15 +9,16 @@ from pathlib import Path
 import conftest  # noqa: F401  # first of all: it loads OpenBLAS
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import greedy_sampler
 from models import PROMPT, build, greedy, llama, tokens
 
 from vllm_metal_tq import TurboQuantConfig, calibration
 from vllm_metal_tq.integrations.mlx_lm import (
     CachePools,
+    TurboQuantKVCache,
     calibrate,
     distributed,
     load_prompt_cache,
+    lookup,
     make_prompt_cache,
     measure,
     save_prompt_cache,
@@ -30,13 +31,21 @@ CONFIG = TurboQuantConfig.from_names("tq4", layers="0=tq8,2=q3_0/q2_0")
 
 
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+MINISTRAL = {
+    "num_hidden_layers": 6,
+    "rope_parameters": {
+        "rope_theta": 1e4,
+        "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 32,
+    },
+}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 4}
 MODELS = {
     # kind: its model, and whether its layers are divided and not its heads
     "llama": (lambda: llama(**HEADS), False),
     "gpt_oss": (lambda: build("gpt_oss", **HEADS | WINDOWS | EXPERTS), False),
     "qwen2": (lambda: build("qwen2", **HEADS | QWEN2), False),
-    "pipeline": (lambda: build("qwen2", **HEADS | QWEN2 | {"num_hidden_layers": 5}), True),
+    "pipeline": (lambda: build("ministral3", **HEADS | MINISTRAL), True),
 }
 
 
@@ -73,10 +82,10 @@ def seen(kind, folder):
     measured = calibrate(model, tokens(100)[0].tolist())
     pools = CachePools(model, CONFIG, calibration=measured)
     cache = pools.make_prompt_cache()
-    chosen = greedy(model, cache, count=STEPS, sampler=distributed.same(greedy_sampler))
-    distributed.finish()
+    sampler = distributed.same(_likeliest)
     found = {
-        "greedy": chosen,
+        "greedy": greedy(model, cache, count=STEPS, sampler=sampler),
+        "drafted": _drafted(model, pools.make_prompt_cache(), sampler),
         "logits": logits_of(model, pools.make_prompt_cache()),
         "uncentred": logits_of(model, make_prompt_cache(model, CONFIG)),
         "heads": [pool.num_kv_heads for pool in pools.pools],
@@ -91,6 +100,22 @@ def seen(kind, folder):
             found |= dict(zip(names, centre.arrays, strict=True))
     found |= _from_file(model, folder) | _kept(model, folder) | _saved(model, cache, folder)
     return {name: np.array(array) for name, array in found.items()}
+
+
+def _likeliest(logprobs):
+    return mx.argmax(logprobs, axis=-1)
+
+
+def _drafted(model, cache, sampler):
+    """Tokens that are looked up and verified, where all caches can give back what is refused."""
+    distributed.finish()
+    if not all(isinstance(layer, TurboQuantKVCache) for layer in cache):
+        return []
+    options = {"max_tokens": STEPS, "num_draft_tokens": 3, "sampler": sampler}
+    steps = lookup.lookup_generate_step(tokens(PROMPT)[0], model, cache, **options)
+    chosen = [token for token, *_ in steps]
+    distributed.finish()
+    return chosen
 
 
 def _from_file(model, folder):

@@ -61,6 +61,7 @@ def test_tokens_and_logits_are_those_of_one_process(kind, alone, together):
     whole = alone[1][kind]
     for own in together[kind]:
         assert own["greedy"].tolist() == whole["greedy"].tolist()
+        assert own["drafted"].tolist() == whole["drafted"].tolist()
         for name in ("logits", "uncentred", "from_file"):
             assert np.abs(own[name] - whole[name]).max() < CLOSE * whole[name].std(), name
 

@@ -63,7 +63,12 @@ def shard(model: nn.Module, pipeline: bool = False) -> None:
         if len(shapes) < size():
             raise ValueError(f"{size()} processes are too many for a pipeline of {len(shapes)}")
         stages.pipeline(mx.distributed.init())
-        start, end = stages.start_idx, stages.end_idx
+        start, end = stages.start_idx, min(stages.end_idx, len(shapes))
+        if mx.distributed.all_sum(end - start).item() != len(shapes):  # mlx_lm before 0.32
+            raise ValueError(
+                f"this mlx_lm does not divide {len(shapes)} layers among {size()} processes: take "
+                "a newer one, or a number that divides them evenly"
+            )
         part = Part(end - start, start, len(shapes), fingerprint=whole)
     else:
         if not hasattr(model, "shard"):
@@ -121,7 +126,8 @@ def finish() -> None:
     running the model otherwise, too.
     """
     if size() > 1:
-        mx.synchronize(generation_stream)
+        with mx.stream(generation_stream):  # of a class that synchronize() may not take
+            mx.synchronize()
         mx.synchronize()
         most(0)
 
