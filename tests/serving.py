@@ -73,7 +73,7 @@ def server(*flags, model=None, words=None, blocks=None, limits=None, preset=None
             made = CachePools(model, config, max_bytes=blocks * made.block_bytes)
         return made
 
-    provider = Provider(options(*flags), lambda name: (model, words), pools)
+    provider = Provider(options(*flags), lambda *_: (model, words), pools)
     generator = Generator(provider, Stats())
     generator.wait_until_loaded()
     served = Server("127.0.0.1", 0, generator, limits or ServerOptions())

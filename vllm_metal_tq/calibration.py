@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from platformdirs import user_cache_path
 from . import safetensors
 from .centre import Centre, turn
 from .config import TurboQuantConfig
+from .part import whole_fingerprint
 from .rope import Rope
 
 FILE_NAME = "turboquant.safetensors"  # in a model's folder
@@ -35,6 +37,8 @@ roundings alone change it by several percent (docs/quality.md): less than that i
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Centres of a model's layers.
+
+    It is always of the whole model, also where a process holds a part of it: see ``Part``.
 
     Attributes:
         centres: one for each cache of the model's prompt cache, None where there is none.
@@ -142,7 +146,12 @@ def find(model: nn.Module, folder: str | Path | None = None) -> Calibration | No
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits that tell models apart: all shapes and types, and some weights."""
+    """32 hexadecimal digits that tell models apart: all shapes and types, and some weights.
+
+    Of a part of a model they are the whole model's.
+    """
+    if known := whole_fingerprint(model):
+        return known
     weights = named_weights(model)
     digest = hashlib.sha256(repr([(name, x.shape, str(x.dtype)) for name, x in weights]).encode())
     for _, x in weights[:: max(len(weights) // 16, 1)]:
@@ -192,6 +201,23 @@ class Statistics:
         earlier = self._sums or [mx.zeros_like(x) for x in sums]
         self._sums = [a + b for a, b in zip(earlier, sums, strict=True)]
         mx.eval(self._sums)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What ``joined`` takes: pairs, the number of tokens, and float32 ``(6, heads, dim)``."""
+        if self._near is None:
+            raise ValueError("statistics without tokens cannot be joined")
+        sums = mx.stack([self._near[:, 0], *self._sums])
+        return self._rope.pairs, np.array(self._count), np.array(sums)
+
+    @classmethod
+    def joined(cls, shares: Sequence[Sequence[np.ndarray]]) -> Statistics:
+        """The statistics of all KV heads, from the ``arrays`` of shares of them, in their order."""
+        pairs, count, _ = shares[0]
+        statistics = cls(Rope(pairs, np.ones(2 * len(pairs), np.float32)))
+        near, *sums = mx.array(np.concatenate([arrays[2] for arrays in shares], axis=1))
+        statistics._count, statistics._near, statistics._sums = int(count), near[:, None], sums
+        return statistics
 
     def centre(self) -> Centre | None:
         """The centre of the tokens so far, or None where it would save less than ``WORTH``."""

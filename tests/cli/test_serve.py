@@ -14,7 +14,7 @@ from vllm_metal_tq import demo_model
 from vllm_metal_tq.cli import main, serve
 
 SAFER = {"allowed_origins"}  # has another default: test_security.py
-OURS = {"kv_bits", "kv_group_size", "quantized_kv_start", "pipeline"}  # fixed, not flags
+OURS = {"kv_bits", "kv_group_size", "quantized_kv_start"}  # fixed, not flags
 
 
 def flags_of(parser):

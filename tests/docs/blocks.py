@@ -210,6 +210,13 @@ def _vllm(words: list[str]) -> None:
                 raise Refused(str(error)) from None
 
 
+def _launch(words: list[str]) -> None:
+    if "--" not in words:
+        raise Refused("mlx.launch reads the flags of what it launches where there is no --")
+    program, *arguments = words[words.index("--") + 1 :]
+    _CHECKS[Path(program).name](arguments)
+
+
 def _anything(words: list[str]) -> None:
     """A program of the system, whose arguments are its own."""
 
@@ -221,4 +228,6 @@ _CHECKS = {
     "make": _make,
     "pip": _pip,
     "vllm": _vllm,
+    "mlx.launch": _launch,
+    "mlx.distributed_config": _anything,
 } | dict.fromkeys(("apt-get", "brew", "cd", "curl", "echo", "git", "source", "sudo"), _anything)

@@ -46,6 +46,8 @@ def test_a_shell_block_s_commands_and_flags_are_there(block):
         "pip install 'vllm-metal-tq[none]'",
         'vllm serve x --additional-config \'{"turboquant": true, "preset": "tq9"}\'',
         "rm -r book",
+        "mlx.launch -n 2 vllm-metal-tq generate --model demo",
+        "mlx.launch -n 2 -- vllm-metal-tq generate --modle demo",
         "echo 'no end",
     ],
 )

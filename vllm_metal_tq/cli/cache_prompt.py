@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+@common.together()
 def run(args: argparse.Namespace) -> None:
     """Process the prompt, write the file, and say what is in it."""
     prompts.check(args)
@@ -40,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from ..integrations import mlx_lm as ours
     from ..integrations.mlx_lm.saved import check_target
 
-    file = check_target(args.prompt_cache_file)  # before the work, not after it
-    model, tokenizer = common.load_model(args.model)
+    file = check_target(prompts.cache_file(args))  # before the work, not after it
+    model, tokenizer = common.load_model(args.model, args.pipeline)
     prompt = prompts.tokens(args, tokenizer, ends=False)
     config, cache = prompts.empty_cache(args, model, tokenizer)
     start = time.perf_counter()

@@ -7,8 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,29 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-calibrate", action="store_true", help="neither use nor make a calibration"
     )
+
+
+def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--pipeline``."""
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="with mlx.launch: some layers for each process, not some heads of all layers",
+    )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Where there are several processes: the first alone prints, and none ends before the others.
+
+    One that fails does, and what the others wait for then fails as well.
+    """
+    from ..integrations.mlx_lm import distributed
+
+    quiet = redirect_stdout(StringIO()) if distributed.rank() else nullcontext()
+    with quiet:
+        yield
+        distributed.finish()
 
 
 def add_head_dim_argument(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +152,15 @@ def scheme_fields(config: TurboQuantConfig) -> dict[str, str | None]:
     return {"preset": config.preset, "k_quant": config.k_quant, "v_quant": config.v_quant}
 
 
-def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
+def load_model(
+    name: str, pipeline: bool = False, **tokenizer_config: Any
+) -> tuple[nn.Module, TokenizerWrapper]:
     """Load ``(model, tokenizer)`` by the name given as ``--model``.
+
+    Args:
+        name: the name.
+        pipeline: of several processes, whether each gets some layers, not a share of all heads.
+        tokenizer_config: options of the tokenizer, as mlx_lm takes them.
 
     Raises:
         ValueError: it cannot be had; the message says why.
@@ -138,17 +169,27 @@ def load_model(name: str) -> tuple[nn.Module, TokenizerWrapper]:
         with progress_bar("demo model", DownloadColumn()) as advance:
             from .. import demo_model
 
-            return demo_model.load(advance)
+            model, tokenizer = demo_model.load(advance)
+        _shard(model, pipeline)
+        return model, tokenizer
     with progress_bar("import mlx_lm"):
         import mlx_lm
 
     try:
-        model, tokenizer = mlx_lm.load(name, lazy=True)[:2]  # shows a download by itself
+        loaded = mlx_lm.load(name, tokenizer_config, lazy=True)  # shows a download by itself
+        model, tokenizer = loaded[:2]
+        _shard(model, pipeline)
         _read_weights(model)
         return model, tokenizer
     except Exception as error:  # hub, network and format errors share no base class
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+
+
+def _shard(model: nn.Module, pipeline: bool) -> None:
+    from ..integrations.mlx_lm import distributed
+
+    distributed.shard(model, pipeline)
 
 
 def _read_weights(model: nn.Module) -> None:

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and no text")
 
 
+@common.together()
 def run(args: argparse.Namespace) -> None:
     """Generate, stream the text, and say what the cache held."""
     _check(args)
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    model, tokenizer = common.load_model(args.model)
+    model, tokenizer = common.load_model(args.model, args.pipeline)
     config, cache = _cache(args, model, tokenizer)
     draft_model, draft_cache = _drafter(args, model, tokenizer, cache)
     prompt = prompts.tokens(args, tokenizer, begins=not args.prompt_cache_file)
@@ -110,6 +111,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from ..integrations.mlx_lm import distributed
+
     prompts.check(args, "max_tokens", "num_draft_tokens", "prompt_lookup")
     common.check_sampling(args)
     if args.seed is not None and not 0 <= args.seed < 1 << 64:
@@ -129,6 +132,8 @@ def _check(args: argparse.Namespace) -> None:
         for other, reason in unfit.items() if getattr(args, name) else ():
             if getattr(args, other) is not None:
                 raise ValueError(f"{prompts.flag(other)} cannot be given with {reason}")
+    if args.draft_model and distributed.size() > 1:
+        raise ValueError("--draft-model cannot be given with mlx.launch: mlx_lm divides no drafts")
 
 
 def _cache(
@@ -142,7 +147,7 @@ def _cache(
     from ..integrations.mlx_lm.parts import all_compressed
 
     with common.progress_bar("prompt cache"):
-        cache = ours.load_prompt_cache(args.prompt_cache_file, model)
+        cache = ours.load_prompt_cache(prompts.cache_file(args), model)
     widths = (c.layout.config for c in all_compressed(cache))
     return next(widths, common.scheme(args)), cache
 
@@ -215,9 +220,12 @@ def _responses(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from ..integrations.mlx_lm import distributed
+
+    sampler = make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k)
     options = {
         "max_tokens": args.max_tokens,
-        "sampler": make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+        "sampler": distributed.same(sampler),
         "prompt_cache": cache,
         "prefill_step_size": args.prefill_step_size,
         "prompt_progress_callback": advance,

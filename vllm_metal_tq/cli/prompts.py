@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from . import common
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: str | None = None) ->
     common.add_scheme_arguments(parser)
     common.add_layers_argument(parser)
     common.add_calibration_arguments(parser)
+    common.add_pipeline_argument(parser)
     parser.add_argument(
         "--prompt", "-p", default=prompt, required=prompt is None, help="the message, '-' for stdin"
     )
@@ -53,16 +55,31 @@ def check(args: argparse.Namespace, *more: str) -> None:
     Raises:
         ValueError: the message names the flag.
     """
+    from ..integrations.mlx_lm import distributed
+
     for name in (*more, "prefill_step_size", "max_kv_size"):
         common.check_count(flag(name), getattr(args, name))
     if args.system_prompt is not None and args.ignore_chat_template:
         raise ValueError("--system-prompt cannot be given with --ignore-chat-template")
+    if args.prompt == "-" and distributed.size() > 1:
+        raise ValueError("--prompt - cannot be given with mlx.launch, which never ends the input")
     common.scheme(args)
 
 
 def flag(name: str) -> str:
     """The flag of an argument."""
     return f"--{name.replace('_', '-')}"
+
+
+def cache_file(args: argparse.Namespace) -> Path:
+    """The file of the prompt cache: with several processes, each has its own beside the others."""
+    from ..integrations.mlx_lm import distributed
+
+    file = Path(args.prompt_cache_file)
+    if distributed.size() == 1:
+        return file
+    part = f"{distributed.rank() + 1}-of-{distributed.size()}"
+    return file.with_name(f"{file.stem}.{part}{file.suffix}")
 
 
 def empty_cache(

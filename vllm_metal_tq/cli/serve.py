@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import common, prompts
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ..integrations.mlx_lm import CachePools
-    from ..integrations.mlx_lm.server import Provider, Server
+    from ..integrations.mlx_lm.server import Generator, Provider, Server
 
 METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -44,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     _add_generation_defaults(parser)
     _add_batching(parser)
-    # What mlx_lm's server reads, and ours does not offer: quantised dense caches and processes
-    # that work together.
-    parser.set_defaults(kv_bits=None, kv_group_size=64, quantized_kv_start=0, pipeline=False)
+    common.add_pipeline_argument(parser)
+    # What mlx_lm's server reads, and ours does not offer: quantised dense caches.
+    parser.set_defaults(kv_bits=None, kv_group_size=64, quantized_kv_start=0)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -165,24 +166,26 @@ def budget(text: str) -> int | None:
     return 0 if text == "none" else size(text)
 
 
+@common.together()
 def run(args: argparse.Namespace) -> None:
     """Serve until interrupted or told to terminate."""
     _check(args)
     common.scheme(args)  # a bad name is an error before anything is loaded
-    import mlx.core as mx
-
+    from ..integrations.mlx_lm import distributed
     from ..integrations.mlx_lm import server as ours
 
-    if mx.distributed.init().size() > 1:
-        raise ValueError("serve runs in one process, not with mlx.launch")
-    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
-    provider = ours.Provider(args, _load, lambda *loaded: _pools(args, *loaded))
+    level = args.log_level if distributed.rank() == 0 else "ERROR"  # others would repeat it
+    logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
+    provider = ours.Provider(args, partial(_load, args), lambda *loaded: _pools(args, *loaded))
     options = ours.ServerOptions(args.max_body_size, args.client_timeout)
     generator = ours.Generator(provider, ours.Stats())
     generator.wait_until_loaded()
     _say_what_is_compressed(provider)
     try:
-        _listen(ours.Server(args.host, args.port, generator, options), args.model)
+        if distributed.rank() == 0:
+            _listen(ours.Server(args.host, args.port, generator, options), args.model)
+        else:
+            _follow(generator)
     finally:
         generator.stop_and_join()
         provider.pools.detach()
@@ -215,7 +218,22 @@ def _listen(server: Server, model: str) -> None:
         server.server_close()
 
 
+def _follow(generator: Generator) -> None:
+    """Work for the first process until it says that this is all.
+
+    Raises:
+        Exception: why that was not to be.
+    """
+    # Keys reach all processes of a terminal: it is the first one that stops the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    generator.join()
+    if generator.failure is not None:
+        raise generator.failure
+
+
 def _check(args: argparse.Namespace) -> None:
+    from ..integrations.mlx_lm import distributed
+
     names = ("decode_concurrency", "prompt_concurrency", "prefill_step_size", "max_tokens")
     for name in names:
         common.check_count(f"--{name.replace('_', '-')}", getattr(args, name))
@@ -230,11 +248,20 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not isinstance(args.chat_template_args, dict):
         raise ValueError("--chat-template-args must be a JSON object")
+    for flag in ("adapter_path", "draft_model"):
+        if getattr(args, flag) and distributed.size() > 1:
+            raise ValueError(f"{prompts.flag(flag)} cannot be given with mlx.launch")
 
 
-def _load(name: str) -> tuple[nn.Module, TokenizerWrapper] | None:
-    """What mlx_lm does not know how to load, or None."""
-    return common.load_model(name) if name == common.DEMO_MODEL else None
+def _load(
+    args: argparse.Namespace, name: str, tokenizer_config: dict[str, object]
+) -> tuple[nn.Module, TokenizerWrapper] | None:
+    """What mlx_lm's server does not load as it is needed here, or None."""
+    from ..integrations.mlx_lm import distributed
+
+    if name != common.DEMO_MODEL and distributed.size() == 1:
+        return None
+    return common.load_model(name, args.pipeline, **tokenizer_config)
 
 
 def _pools(args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapper) -> CachePools:

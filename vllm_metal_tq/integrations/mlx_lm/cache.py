@@ -172,6 +172,24 @@ class TurboQuantKVCache(host._BaseCache):
         return [length] * len(self.sequences)
 
     @property
+    def keys(self) -> mx.array:
+        """An array that is evaluated with the cache.
+
+        The models that mlx_lm runs as a pipeline make the keys of their last cache depend on what
+        they send to the next process, so that it is sent although nobody there reads it.
+        """
+        arrays = self.sequences.tail.arrays
+        return arrays[0] if arrays else self.pool.pages
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        tail = self.sequences.tail
+        if tail.arrays:
+            tail.arrays = keys, tail.arrays[1]
+        else:
+            self.pool.pages = keys
+
+    @property
     def bits(self) -> int:
         """Never there: mlx_lm's attention looks for it, so this reports a missing hook.
 

@@ -17,11 +17,12 @@ from ...attention import Mask
 from ...calibration import Calibration, Statistics, find, fingerprint, place
 from ...centre import Centre, turn
 from ...config import CALIBRATION_TOKENS
+from ...part import Part
 from ...rope import Rope
 from ...types import Progress, Tokenizer
-from . import hook
+from . import distributed, hook
 from .parts import keys_of, with_keys
-from .probe import Attention, Reader, attention, plain_attention
+from .probe import Attention, Reader, alone, attention, plain_attention
 
 CHUNK = 256
 SKIPPED = 4  # tokens at the start, attention sinks among them, whose keys are unlike all others
@@ -124,7 +125,8 @@ def calibrate(
 
     Returns:
         The centres of every layer that can be compressed, for ``make_prompt_cache`` and
-        ``CachePools``; ``save`` keeps them in a file.
+        ``CachePools``; ``save`` keeps them in a file. Where several processes hold the model
+        all of them measure, each its own part, and get the whole.
 
     Raises:
         ValueError: the text is too short.
@@ -139,8 +141,9 @@ def calibrate(
         Statistics(found or rope.constant(layer.head_dim)) if isinstance(layer, Attention) else None
         for found, layer in zip(layer_ropes(model), layers, strict=True)
     ]
-    if not any(every):
-        return Calibration((None,) * len(every), fingerprint(model))
+    if not distributed.most(any(every)):
+        num_layers = Part.of(model, len(every)).num_layers
+        return Calibration((None,) * num_layers, fingerprint(model))
     caches = hook.host_caches(model)
     for i, (statistics, layer) in enumerate(zip(every, layers, strict=True)):
         if statistics and isinstance(layer, Attention):
@@ -150,7 +153,27 @@ def calibrate(
         chunk = token_ids[start : start + CHUNK]
         mx.eval(model(mx.array([chunk]), cache=caches))
         progress(start + len(chunk), len(token_ids))
-    return Calibration(tuple(s.centre() if s else None for s in every), fingerprint(model))
+    centres = (s.centre() if s else None for s in _whole(every, model))
+    return Calibration(tuple(centres), fingerprint(model))
+
+
+def _whole(every: list[Statistics | None], model: nn.Module) -> list[Statistics | None]:
+    """The statistics of all layers and heads, where processes hold parts of them."""
+    part = Part.of(model, len(every))
+    if part.fingerprint is None:
+        return every
+    names = "pairs", "count", "sums"
+    mine = {
+        f"{layer}.{name}": array
+        for layer, s in enumerate(every, start=part.first)
+        for name, array in zip(names, s.arrays if s else (), strict=False)
+    }
+    parts = distributed.gather(mine)
+    shares = [
+        [[p[f"{layer}.{name}"] for name in names] for p in parts if f"{layer}.sums" in p]
+        for layer in range(part.num_layers)
+    ]
+    return [Statistics.joined(found) if found else None for found in shares]
 
 
 def find_or_calibrate(
@@ -160,6 +183,9 @@ def find_or_calibrate(
     progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """The calibration that ``calibration.find`` finds; else one is made and kept.
+
+    Of several processes that hold a model each reads and writes on its own machine; files on one
+    machine take each other's place whole, with the same in them.
 
     Args:
         model: a model that mlx_lm has loaded.
@@ -171,7 +197,7 @@ def find_or_calibrate(
         ValueError: the file that was found cannot be used.
     """
     found = find(model, folder if folder and Path(folder).is_dir() else None)
-    if found is None:
+    if distributed.most(found is None) or found is None:  # wherever it is that it is missing
         text = (files("vllm_metal_tq") / "data" / "calibration.txt").read_text(encoding="utf-8")
         found = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS], progress)
         try:
@@ -258,5 +284,6 @@ def _stored(model: nn.Module, position: int) -> list[mx.array | None]:
         with_keys(cache, probe) if probe else cache
         for cache, probe in zip(host.make_prompt_cache(model), probes, strict=True)
     ]
-    model(mx.array([[1], [2], [3]]), cache=caches)
+    with alone(model):  # what comes in does not matter
+        model(mx.array([[1], [2], [3]]), cache=caches)
     return [probe.stored.astype(mx.float32) if probe else None for probe in probes]

@@ -11,6 +11,7 @@ from ...centre import Centre
 from ...config import TurboQuantConfig
 from ...layout import PageLayout
 from ...pages import PagePool
+from ...part import Part
 from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
@@ -66,12 +67,11 @@ class CachePools:
         hook.install(model)
         layers = attention(model)
         shapes = [x.shape if isinstance(x, Attention) else None for x in layers]
-        centres = (calibration or from_biases(model)).centres
-        if len(centres) != len(shapes) or not all(map(_fits, centres, shapes)):
+        part = Part.of(model, len(shapes))
+        centres = part.centres(calibration.centres) if calibration else from_biases(model).centres
+        if not all(map(_fits, centres, shapes)):
             raise ValueError("the calibration was measured on a model of another shape")
-        beyond = [last for _, last, *_ in config.layer_overrides if last >= len(shapes)]
-        if beyond:
-            raise ValueError(f"there is no layer {beyond[0]}: the model has {len(shapes)}")
+        config = part.config(config)
         self.model = model
         self.block_size = config.block_size
         self.max_bytes = max_bytes

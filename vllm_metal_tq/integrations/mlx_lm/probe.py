@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -193,10 +195,25 @@ def attention(model: nn.Module) -> list[Attention | str]:
     ]
     steps = []
     for length in _CHUNKS:
-        with hook.watched() as attended:
+        with alone(model), hook.watched() as attended:
             model(mx.zeros((1, length), mx.int32), cache=given)
         steps.append(attended)
     return [_of_layer([_found(part, steps, ours) for part in layer]) for layer in probes]
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Let a stage of a pipeline run by itself: on the embeddings, with nobody before or after."""
+    stages: Any = getattr(model, "model", None)
+    if getattr(stages, "pipeline_size", 1) == 1:
+        yield
+        return
+    place = stages.pipeline_rank, stages.pipeline_size
+    stages.pipeline_rank, stages.pipeline_size = 0, 1
+    try:
+        yield
+    finally:
+        stages.pipeline_rank, stages.pipeline_size = place
 
 
 def _probe(cache: object) -> Any:

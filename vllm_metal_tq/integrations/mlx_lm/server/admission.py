@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from .. import distributed
+from ..pools import CachePools
 from .errors import APIError
 
 RETRY_AFTER = 5  # seconds that a refused client is told to wait
@@ -16,13 +18,29 @@ class Pools(Protocol):
 
     block_size: int
 
-    @property
-    def max_blocks(self) -> int | None:
-        """The most blocks that a layer may have, or None."""
+    max_blocks: int | None
 
     @property
     def used_blocks(self) -> int:
         """Blocks that sequences hold."""
+
+
+class AgreedPools:
+    """``CachePools`` as admission sees them: with numbers that are the same in all processes.
+
+    Processes that hold a model together admit each request for themselves and have to decide
+    alike; their pools may differ in bytes, or in how many layers they have.
+    """
+
+    def __init__(self, pools: CachePools):
+        self._pools = pools
+        self.block_size = pools.block_size
+        self.max_blocks = distributed.least(pools.max_blocks)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that sequences hold."""
+        return distributed.most(self._pools.used_blocks)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import mlx_lm.server as host
 from mlx_lm.generate import BatchGenerator
 
+from .. import distributed
+
 if TYPE_CHECKING:
     from .generator import Generator
     from .sessions import Session
@@ -30,6 +32,8 @@ class Batch(BatchGenerator):
 
     def insert_segments(self, *args: Any, **options: Any) -> list[int]:
         """Let the request join that was admitted last."""
+        if samplers := options.get("samplers"):
+            options["samplers"] = [distributed.same(sampler) for sampler in samplers]
         (uid,) = super().insert_segments(*args, **options)
         if self._owner.joining is not None:
             self._sessions[uid] = self._owner.joining

@@ -7,7 +7,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from queue import Empty
+from queue import Empty, Queue
 from threading import Event
 from typing import Any
 
@@ -15,14 +15,16 @@ import mlx.core as mx
 from mlx_lm.server import GenerationContext, ModelDescription, ResponseGenerator
 
 from ....types import Progress
+from .. import distributed
 from . import batch
-from .admission import Admission
+from .admission import Admission, AgreedPools
 from .errors import APIError, ClientGoneError, as_api_error, invalid, stopping
 from .metrics import Stats, kv_state
 from .prompts import PromptCache
 from .provider import Provider
 from .sessions import Replies, Session, Watch
 
+_STOP = "stop"  # in place of a request
 _DEFAULT = "default_model"  # mlx_lm's name for what the command line gave
 
 
@@ -32,6 +34,9 @@ class Generator(ResponseGenerator):
     A failure in the middle of a batch ends the requests in it, not the server: mlx_lm's loop is
     started afresh, with the model and the prompt cache that are there.
 
+    Where several processes hold the model, all of them run this, and the first hands its requests
+    on to the others. There a failure ends the server: what the others do by then is not known.
+
     Args:
         provider: the model and its pools.
         stats: what is counted for ``/metrics``.
@@ -40,7 +45,7 @@ class Generator(ResponseGenerator):
         joining: the session that was admitted last.
         kv_state: what the pools held a moment ago. Other threads read this, because the pools are
             the generation thread's alone.
-        failure: why the model could not be loaded.
+        failure: why the model could not be loaded, or why several processes serve no more.
     """
 
     model_provider: Provider
@@ -55,6 +60,7 @@ class Generator(ResponseGenerator):
         self.failure: Exception | None = None
         self.kv_state: dict[str, int] = {}
         self._loaded = Event()
+        self._leaving = False
         self._live: set[Session] = set()  # that the thread has taken and not yet answered
         args = provider.cli_args
         prompts = PromptCache(
@@ -76,16 +82,18 @@ class Generator(ResponseGenerator):
     def stop_and_join(self) -> None:
         """End the threads; requests that run are answered with an error. Once is enough."""
         self.watch.stop()
-        self._stop = True
+        self._leaving = True
+        if not self._is_distributed:  # else the thread tells the others first
+            self._stop = True
         for session in tuple(self._live):
             session.stop()
-        super().stop_and_join()
+        self.join()
 
     @property
     def healthy(self) -> bool:
         """Whether requests are answered."""
         loaded = self._loaded.is_set() and self.failure is None
-        return loaded and self._generation_thread.is_alive() and not self._stop
+        return loaded and self._generation_thread.is_alive() and not self._leaving
 
     def generate(
         self,
@@ -134,7 +142,8 @@ class Generator(ResponseGenerator):
         batch.serving.set(self)
         try:
             self.model_provider.load_default()
-            self.admission = Admission(self.model_provider.pools, self.prompt_cache.evict)
+            pools = AgreedPools(self.model_provider.pools)
+            self.admission = Admission(pools, self.prompt_cache.evict)
             self.publish()
         except Exception as error:
             self.failure = error
@@ -150,6 +159,8 @@ class Generator(ResponseGenerator):
                 self.prompt_cache.let_go()
                 failed = partial(APIError, 500, as_api_error(error).message, "internal_error")
                 self._end_live(failed)
+                if self._is_distributed:
+                    self.failure, self._stop = error, True
         self._end_live(stopping)
         with contextlib.suppress(Empty):
             while True:
@@ -178,6 +189,16 @@ class Generator(ResponseGenerator):
         self._live.add(session)
         return replies, request, args
 
+    def _share_request(self, request: tuple[Any, Any, Any] | None) -> tuple[Any, Any, Any] | None:
+        """As mlx_lm's, and the first process also tells the others when to stop."""
+        if not self._is_distributed:
+            return request
+        told = self._share_object(_STOP if self._leaving else request and request[1:])
+        self._stop = told == _STOP
+        if self._stop and request is not None:
+            request[0].put(stopping())
+        return None if self._stop or told is None else (request[0] if request else Queue(), *told)
+
     def _ended(self, session: Session) -> None:
         self._live.discard(session)
         if session.reservation is not None:
@@ -186,7 +207,7 @@ class Generator(ResponseGenerator):
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:
         """As mlx_lm's; whoever gets past this joins right afterwards."""
         session = request.session
-        if session.gone:
+        if distributed.most(session.gone):
             raise ClientGoneError
         try:
             tokenized: tuple[Any, ...] = super()._tokenize(tokenizer, request, args)
@@ -224,6 +245,10 @@ class Generator(ResponseGenerator):
 
     def _serve_single(self, taken: tuple[Any, Any, Any], *rest: Any) -> None:
         _, request, args = taken
-        replies = request.session.replies.alone(self.publish)
+        session = request.session
+        session.unstoppable = self._is_distributed
+        replies = session.replies
+        if not session.unstoppable:
+            replies = replies.alone(self.publish)
         super()._serve_single((replies, request, args), *rest)
         self.prompt_cache.let_go()

@@ -57,6 +57,15 @@ class Server(ThreadingHTTPServer):
         # Without IPv6, Python gives its addresses as bytes: then it cannot be had either.
         super().__init__(cast(tuple[str, int], address), handler)
 
+    def service_actions(self) -> None:
+        """Called now and then while it serves.
+
+        Raises:
+            Exception: what ended the generator.
+        """
+        if self.generator.failure is not None:
+            raise self.generator.failure
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a connection in a thread of its own."""
         with self._lock:

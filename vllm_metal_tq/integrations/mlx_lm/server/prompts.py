@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from ....types import PromptCache as Caches
+from .. import distributed
 
 Found = tuple[Caches | None, list[int]]
 """An entry, if any is near enough, and the tokens that it lacks."""
@@ -53,6 +54,8 @@ class PromptCache(LRUPromptCache):
         if held is not None and held[:2] == (model, tokens):
             return held[2]
         cache, rest = super().fetch_nearest_cache(model, tokens)
+        if -distributed.most(-len(rest)) < distributed.most(len(rest)):
+            return None, tokens  # stages of a pipeline differ in what can be trimmed
         if cache is not None and not rest:
             if not can_trim_prompt_cache(cache):
                 return None, tokens
@@ -84,11 +87,11 @@ class PromptCache(LRUPromptCache):
             super().insert_cache(model, tokens[:held], taken, cache_type=cache_type)
 
     def evict(self) -> bool:
-        """Drop the oldest entry; returns whether there was one."""
+        """Drop the oldest entry; returns whether there was one, in any process."""
         count = len(self)
         if count:
             super().trim_to(n_sequences=count - 1)
-        return count > 0
+        return distributed.most(count) > 0
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
         """Drop entries until the limits hold.
@@ -99,7 +102,7 @@ class PromptCache(LRUPromptCache):
         if n_sequences is not None:
             super().trim_to(n_sequences=n_sequences)
         if n_bytes is not None and self._limit is not None:
-            while self._used_bytes() > self._limit and self.evict():
+            while distributed.most(self._used_bytes()) > self._limit and self.evict():
                 pass
 
 

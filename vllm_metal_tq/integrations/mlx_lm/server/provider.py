@@ -22,7 +22,8 @@ class Provider(ModelProvider):
 
     Args:
         args: mlx_lm's options.
-        load: loads ``(model, tokenizer)`` by name, or returns None to leave it to mlx_lm.
+        load: loads ``(model, tokenizer)`` by name and with the tokenizer's options, or returns
+            None to leave it to mlx_lm.
         make_pools: makes the ``CachePools`` of a model and tokenizer.
 
     Attributes:
@@ -34,7 +35,7 @@ class Provider(ModelProvider):
     def __init__(
         self,
         args: Namespace,
-        load: Callable[[str], tuple[nn.Module, Any] | None],
+        load: Callable[[str, dict[str, Any]], tuple[nn.Module, Any] | None],
         make_pools: Callable[[nn.Module, Any], CachePools],
     ):
         super().__init__(args)
@@ -56,13 +57,15 @@ class Provider(ModelProvider):
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        loaded = self._own_load(model_path)
+        loaded = self._own_load(model_path, self._tokenizer_config)
         if loaded is None:
             super()._load(model_path, adapter_path, draft_model_path)
         else:
             self.model, self.tokenizer = loaded
             self.processor = self.draft_model = None
             self.model_key = (model_path, None, None)
+            if self.cli_args.use_default_chat_template and self.tokenizer.chat_template is None:
+                self.tokenizer.chat_template = self.tokenizer.default_chat_template
         self.pools = self._make_pools(self.model, self.tokenizer)
         self.pools.attach()
         caches = [part for cache in self.pools.make_prompt_cache() for part in parts(cache)]

@@ -22,10 +22,12 @@ class Session:
     """One request and what becomes of it.
 
     Args:
-        connection: the client's socket.
+        connection: the client's socket; None in processes that the client does not speak to.
         explicit: whether the client itself said how many tokens it wants at most.
 
     Attributes:
+        unstoppable: whether it is generated to its end, whoever has gone: mlx_lm cannot tell other
+            processes to stop a request that it serves alone.
         gone: whether the client has closed its connection.
         stopped: whether its generation is to end early, by the client's doing or the server's.
         context: mlx_lm's, once the request was admitted.
@@ -34,15 +36,20 @@ class Session:
         error: why there is no answer.
     """
 
-    def __init__(self, connection: socket.socket, explicit: bool):
+    def __init__(self, connection: socket.socket | None, explicit: bool):
         self.connection = connection
         self.explicit = explicit
+        self.unstoppable = False
         self.started = time.monotonic()
         self.gone = self.stopped = False
         self.context: GenerationContext | None = None
         self.replies: Replies | None = None
         self.reservation: Reservation | None = None
         self.error: APIError | None = None
+
+    def __reduce__(self) -> tuple[type[Session], tuple[None, bool]]:
+        """What other processes are told of it."""
+        return Session, (None, self.explicit)
 
     def cancel(self) -> None:
         """The client has gone: end its generation at the next step."""
@@ -61,6 +68,8 @@ class Session:
 
     def admitted(self, context: GenerationContext) -> None:
         """mlx_lm's context has been made."""
+        if self.unstoppable:  # for mlx_lm's handler as well, which calls it when it cannot write
+            context.stop = lambda: None
         self.context = context
         if self.stopped:  # meanwhile
             context.stop()
@@ -178,7 +187,7 @@ class Watch:
         while not self._stopped.wait(POLL_SECONDS):
             with self._lock:
                 for session in self._sessions:
-                    if not session.gone and _closed(session.connection):
+                    if session.connection and not session.gone and _closed(session.connection):
                         session.cancel()
 
 
