@@ -18,7 +18,7 @@ from vllm_metal.v1.model_runner import MetalModelRunner
 from vllm_metal_tq.integrations.vllm.backend import CachePolicy
 from vllm_metal_tq.integrations.vllm.settings import Settings
 from vllm_metal_tq.plan import models
-from vllm_metal_tq.plan.caches import BLOCK, Unsupported, VllmCache
+from vllm_metal_tq.plan.caches import VllmCache
 from vllm_metal_tq.plan.plan import schemes
 from vllm_metal_tq.plan.sources import shipped
 
@@ -85,12 +85,6 @@ def held_out(policy):
 @pytest.mark.parametrize("name", shipped())
 def test_the_engine_hears_the_planned_bytes(name, scheme):
     model = models.read(name, shipped()[name]["config"])
-    if scheme.config and any(layer.shared for layer in model.layers):
-        with pytest.raises(NotImplementedError, match="layers that read the cache of others"):
-            policy(name, scheme, BLOCK).validate_paged_attention_support()
-        with pytest.raises(Unsupported, match="layers that read the cache of others"):
-            VllmCache(model, scheme)
-        return
     planned = VllmCache(model, scheme)
     real = policy(name, scheme, planned.block_size)
     real.validate_paged_attention_support()
