@@ -14,6 +14,7 @@ import test_matrix
 from engine import Engine
 from kinds import Kind
 from test_matrix import BOUND, CHUNKS, STEPS
+from trained import trained
 
 ON = {"turboquant": True, "preset": "tq8", "calibration": False}
 SAME = 0.02  # spreads: linear attention of mlx_lm and of the stand-in round differently
@@ -58,7 +59,7 @@ class Outcome:
 
 def outcome(kind: Kind) -> Outcome:
     """Serve a model of a kind three times: by mlx_lm, by vllm-metal, and with the plugin."""
-    model = build(kind)
+    model = trained(kind)
     count = len(model.layers)
     exact, forced = test_matrix.decode(model, host.make_prompt_cache(model))
     try:
@@ -77,15 +78,9 @@ def outcome(kind: Kind) -> Outcome:
     return Outcome(count, compressed, logits=ours, uncompressed=theirs)
 
 
-def build(kind: Kind):
-    model = models.build(kind.model_type, **kind.fields)
-    test_matrix._train(model)
-    return model
-
-
 def serve(kind: Kind, forced: list[int], additional: dict) -> tuple[Engine, mx.array]:
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(build(kind), Path(folder), CHUNKS[0], additional)
+        engine = Engine(trained(kind), Path(folder), CHUNKS[0], additional)
     prompt = models.tokens(sum(CHUNKS))[0].tolist()
     return engine, engine.decode(prompt, 1 + STEPS, forced)
 

@@ -8,9 +8,10 @@ import pytest
 pytest.importorskip("vllm_metal_on_linux", reason="needs vLLM and vllm-metal: make e2e-vllm")
 
 from kinds import KINDS
-from matrix import ON, Outcome, build, outcome, serve
+from matrix import ON, Outcome, outcome, serve
 from served_models import END, PAGE, START, row
 from test_matrix import BOUND, STEPS
+from trained import trained
 
 from vllm_metal_tq.integrations.vllm import plugin
 from vllm_metal_tq.integrations.vllm.cache import PagedCache
@@ -89,6 +90,6 @@ def test_a_block_that_is_lost_would_show(name, monkeypatch):
 
     monkeypatch.setattr(PagedCache, "_page_blocks", twice)
     _, ours = serve(kind, forced, ON)
-    layers = len(build(kind).layers)
+    layers = len(trained(kind).layers)
     found = Outcome(layers, layers, logits=ours, uncompressed=uncompressed)
     assert found.moved.max().item() > BOUND

@@ -37,3 +37,14 @@ def compressed(cache: Any) -> TurboQuantKVCache | None:
 def all_compressed(prompt_cache: PromptCache) -> list[TurboQuantKVCache]:
     """The compressed caches of a prompt cache, in order."""
     return [ours for cache in prompt_cache if (ours := compressed(cache)) is not None]
+
+
+def batchable(prompt_cache: PromptCache) -> bool:
+    """Whether mlx_lm can put prompt caches like this one into a batch.
+
+    Each of its caches must know how. And models make one mask for all layers that attend alike:
+    ours say less in theirs than mlx_lm's batches need, so that the two do not go together.
+    """
+    every = [part for cache in prompt_cache for part in parts(cache)]
+    makes = {isinstance(x, TurboQuantKVCache) for x in every if not isinstance(x, host.ArraysCache)}
+    return len(makes) <= 1 and all(hasattr(x, "merge") for x in every)

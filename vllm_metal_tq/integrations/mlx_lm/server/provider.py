@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.server import ModelProvider
 
 from .. import hook, lookup
-from ..parts import parts
+from ..parts import batchable
 from ..pools import CachePools
 
 
@@ -68,10 +68,10 @@ class Provider(ModelProvider):
                 self.tokenizer.chat_template = self.tokenizer.default_chat_template
         self.pools = self._make_pools(self.model, self.tokenizer)
         self.pools.attach()
-        caches = [part for cache in self.pools.make_prompt_cache() for part in parts(cache)]
+        caches = self.pools.make_prompt_cache()
         if self.draft_model is not None:
             lookup.check_trimmable(caches + hook.host_caches(self.draft_model))
-        self.is_batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
+        self.is_batchable = self.draft_model is None and batchable(caches)
 
     @property
     def vocabulary(self) -> int | None:
