@@ -102,9 +102,10 @@ class TestEvery:
         stored = sum(c.pool.pages.nbytes + c.sequences.tail.nbytes for c in ours)
         assert held.kv_bytes == others + stored
         assert held.layers_compressed == len(ours)
-        # mlx_lm's have room for as many tokens, in float32 here.
-        theirs = sum(c.nbytes for c in dense) - others
-        assert held.kv_bytes_bf16 == others + theirs / 2
+        if not any(c.sequences.window for c in ours):  # mlx_lm's rings begin smaller than ours
+            # mlx_lm's have room for as many tokens, in float32 here.
+            theirs = sum(c.nbytes for c in dense) - others
+            assert held.kv_bytes_bf16 == others + theirs / 2
 
     @each(*EVERY)
     def test_a_budget_is_kept_and_nothing_is_stored_beyond_it(self, model):
@@ -112,10 +113,11 @@ class TestEvery:
         limited = CachePools(model, TQ4, max_bytes=5 * block)
         cache = limited.make_prompt_cache()
         model(tokens(80), cache=cache)
-        assert limited.used_bytes == 5 * block
+        growing = [c for c in all_compressed(cache) if not c.sequences.window]
+        assert sum(c.pool.num_used * c.pool.block_bytes for c in growing) == 5 * block
         with pytest.raises(OutOfBlocks, match="the key-value cache is full"):
             model(tokens(1), cache=cache)
-        assert {c.size() for c in all_compressed(cache)} == {80}
+        assert {c.size() for c in growing} == {80}
 
     @each("afm7", "gemma2", "deepseek_v2")  # the others' windows and states cannot go back
     def test_tokens_that_are_trimmed_leave_no_trace(self, model):

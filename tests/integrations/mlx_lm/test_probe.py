@@ -145,8 +145,8 @@ def test_layers_that_share_keys_share_a_compressed_cache():
         "slide_window": 8,
         "query_pre_attn_scalar": 64.0,
     }
-    cache = run(build("gemma3n", text_config=text), 1, 2)
-    assert type(cache[1]) is SharedKVCache
+    cache = run(build("gemma3n", text_config=text), 2, 2)
+    assert list(map(type, cache)) == [SharedKVCache] * 2
 
 
 def test_a_layer_whose_keys_another_reads_shares_its_cache():
@@ -159,7 +159,7 @@ def test_a_layer_whose_keys_another_reads_shares_its_cache():
         return build("gemma4_text", num_hidden_layers=6, **sizes, **few, **kinds)
 
     def full(model, count):
-        return list(map(type, run(model, count, 2 * count)[1::2]))
+        return list(map(type, run(model, 2 * count, 2 * count)[1::2]))
 
     assert full(gemma(0), 3) == [TurboQuantKVCache] * 3
     assert full(gemma(2), 2) == [TurboQuantKVCache, SharedKVCache]

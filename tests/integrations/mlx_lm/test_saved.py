@@ -88,7 +88,7 @@ def latent():
 def state_of(cache):
     """All that a cache holds of what it has seen, as (name, value) pairs."""
     if isinstance(cache, TurboQuantKVCache):
-        return tree_flatten(list(cache.state))
+        return tree_flatten(list(cache.compacted().state))
     if isinstance(cache, host.CacheList):
         return [pair for part in cache.caches for pair in state_of(part)]
     return tree_flatten({k: v for k, v in sorted(vars(cache).items()) if v is not None})
