@@ -65,7 +65,7 @@ def test_the_table_says_why_layers_are_not_compressed(capsys, demo, monkeypatch)
     _, tokenizer = demo
     windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
     model = llama(num_hidden_layers=2, vocab_size=tokenizer.vocab_size, **windows)
-    monkeypatch.setattr(common, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(common, "load_model", lambda *_: (model, tokenizer))
     _, out, _ = generate(capsys, "-p", "Say hello.", "-m", "2", "--no-calibrate")
     assert "1 of 2" in out
     assert "1: sliding window" in out
