@@ -24,6 +24,7 @@ TurboQuantKVCache.extract(self, idx)
 TurboQuantKVCache.filter(self, batch_indices)
 TurboQuantKVCache.from_state(state, meta_state=None)
 TurboQuantKVCache.is_trimmable(self)
+TurboQuantKVCache.keys
 TurboQuantKVCache.layout
 TurboQuantKVCache.make_mask(self, N, window_size=None, return_array=False)
 TurboQuantKVCache.merge(caches)

@@ -69,7 +69,7 @@ def test_the_table_says_why_layers_are_not_compressed(capsys, demo, monkeypatch)
         **{"block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False},
     }
     model = build("lfm2", num_hidden_layers=2, vocab_size=tokenizer.vocab_size, **convolutions)
-    monkeypatch.setattr(common, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(common, "load_model", lambda *_: (model, tokenizer))
     _, out, _ = generate(capsys, "-p", "Say hello.", "-m", "2", "--no-calibrate")
     assert "1 of 2" in out
     assert "1: a state, no keys" in out

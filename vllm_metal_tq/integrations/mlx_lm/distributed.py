@@ -144,6 +144,7 @@ def same(sampler: Sampler) -> Sampler:
 
     def sample(logprobs: mx.array) -> mx.array:
         chosen = sampler(logprobs)
-        return mx.distributed.all_sum(chosen if first else mx.zeros_like(chosen))
+        # Zeros that come of the logits: the sum must not be begun before what the model sends.
+        return mx.distributed.all_sum(chosen if first else chosen * 0)
 
     return sample
