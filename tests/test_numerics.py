@@ -4,6 +4,7 @@ import centres
 import mlx.core as mx
 import numpy as np
 import pytest
+from gpu import where_the_host_looks
 from kernels.reference import turned_means
 
 from vllm_metal_tq import attention, centre, codec, cpu, dispatch
@@ -48,6 +49,7 @@ def decoded(keys, values, layout):
 
 
 class TestWhatIsNoNumber:
+    @where_the_host_looks
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("which", ["keys", "values"])
     @pytest.mark.parametrize("at", [0, 40])
@@ -111,6 +113,7 @@ class TestLargeNumbers:
         error = np.linalg.norm(np.array(stored) / LARGEST - np.array(small))
         assert error < 5e-3 * np.linalg.norm(np.array(small))
 
+    @where_the_host_looks
     @pytest.mark.parametrize(("k_bits", "sizes"), [(2, (LARGEST, 0)), (4, (8 * LARGEST, 0))])
     @pytest.mark.parametrize("swapped", [False, True])
     def test_what_needs_a_longer_scale_is_refused_and_nothing_is_stored(

@@ -3,6 +3,7 @@
 import centres
 import mlx.core as mx
 import pytest
+from gpu import bound
 
 from vllm_metal_tq import attention, dispatch, msl
 from vllm_metal_tq.config import TurboQuantConfig
@@ -62,7 +63,7 @@ def whole(window, chunks=CHUNKS, **options):
 @pytest.mark.parametrize("centre", [None, CENTRE], ids=["plain", "centred"])
 def test_what_is_dropped_was_not_seen(window, centre):
     ring = made(window=window, centre=centre)
-    assert difference(run(ring, CHUNKS), whole(window, centre=centre)) < 1e-5
+    assert difference(run(ring, CHUNKS), whole(window, centre=centre)) < bound(1e-5, 2e-3)
     assert ring.lengths[0] < ring.offsets[0]
 
 

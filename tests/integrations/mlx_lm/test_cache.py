@@ -5,6 +5,7 @@ import mlx.nn as nn
 import mlx_lm.models.cache as host
 import numpy as np
 import pytest
+from gpu import bound, where_the_host_looks
 from models import PROMPT, greedy, llama, tokens
 from rows import rows_of
 
@@ -102,7 +103,7 @@ def test_a_raw_window_makes_a_chunk_see_what_single_tokens_would(model, centre, 
     centre = centre if centred else None
     single = logits(model, windowed(model, None, centre), chunked(sequence, *[1] * 90))
     at_once = logits(model, windowed(model, TAIL, centre), chunked(sequence, 50, 40))
-    assert mx.abs(at_once - single).max().item() < 1e-4
+    assert mx.abs(at_once - single).max().item() < bound(1e-4, 0.05)
     plain = logits(model, windowed(model, None, centre), chunked(sequence, 50, 40))
     assert mx.abs(plain - single).max().item() > 1e-2
 
@@ -115,7 +116,7 @@ def test_a_raw_window_of_one_is_decoding_without_a_tail(model):
         single.append(model(sequence[:, i : i + 1], cache=cache))
         for layer in cache:
             layer.sequences.tail = Tail()
-    assert mx.abs(at_once - mx.concatenate(single, axis=1)).max().item() < 1e-4
+    assert mx.abs(at_once - mx.concatenate(single, axis=1)).max().item() < bound(1e-4, 0.05)
 
 
 def test_a_few_tokens_at_once_see_the_tail_and_nothing_after_themselves(model):
@@ -268,6 +269,7 @@ def test_sequences_that_step_together_are_each_attended_as_alone(model, centre, 
 
 
 class TestBadInput:
+    @where_the_host_looks
     def test_nan_is_refused_and_nothing_is_stored(self):
         cache = TurboQuantKVCache(PagePool(PageLayout(TurboQuantConfig(4, 4), 64), 2))
         good = mx.random.normal((1, 2, 20, 64), key=mx.random.key(0))

@@ -136,17 +136,18 @@ class _Blocks(BlockTable):
         )
 
     def follow(self, segment: Segment) -> None:
-        """Take over the engine's blocks, where they are enough.
+        """Take over the engine's blocks, where they are enough, and those of new tokens are there.
 
         Raises:
             ValueError: they are not.
         """
-        needed = segment.offset + segment.count
-        if segment.offset < 0 or needed > len(segment.blocks) * self._block_size:
+        size, needed = self._block_size, segment.offset + segment.count
+        if segment.offset < 0 or needed > len(segment.blocks) * size:
             raise ValueError(
-                f"{len(segment.blocks)} blocks of {self._block_size} tokens for {segment.count} "
+                f"{len(segment.blocks)} blocks of {size} tokens for {segment.count} "
                 f"tokens after {segment.offset}"
             )
+        self.pool.check(segment.blocks[segment.offset // size : -(-needed // size)])
         self.hold(segment.blocks, segment.offset)
 
 
