@@ -51,9 +51,10 @@ def replacing(file: Path, what: str, size: int) -> Iterator[BinaryIO]:
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
-        free = shutil.disk_usage(file.parent).free
-        reason = f"{what} cannot be written: {error.strerror or error}"
-        message = f"{reason} (it takes {size} bytes; {free} are free there)"
+        message = f"{what} cannot be written: {error.strerror or error} (it takes {size} bytes"
+        with contextlib.suppress(OSError):  # the folder itself may be gone
+            message += f"; {shutil.disk_usage(file.parent).free} are free there"
+        message += ")"
         raise OSError(error.errno, message, str(file)) from error
 
 

@@ -20,8 +20,9 @@ HEAD = "| mlx_lm's | compressed | why not |\n|---|---|---|\n"
 
 def row(kind: Kind, found: Outcome) -> str:
     name = str(kind).replace(kind.model_type, f"`{kind.model_type}`", 1)
-    why = f"vllm-metal: {found.theirs}" if found.theirs else found.refused
-    return f"| {name} | {found.compressed} of {found.layers} | {why} |\n"
+    if found.theirs:  # the plugin was not tried
+        return f"| {name} | – | vllm-metal: {found.theirs} |\n"
+    return f"| {name} | {found.compressed} of {found.layers} | {found.refused} |\n"
 
 
 def written(page: str, rows: str) -> str:

@@ -7,12 +7,14 @@ import pytest
 
 pytest.importorskip("vllm_metal_on_linux", reason="needs vLLM and vllm-metal: make e2e-vllm")
 
+import models
 from kinds import KINDS
 from matrix import ON, Outcome, outcome, serve
 from served_models import END, PAGE, START, row
 from test_matrix import BOUND, STEPS
 from trained import trained
 
+from vllm_metal_tq.integrations.mlx_lm import calibrate
 from vllm_metal_tq.integrations.vllm import plugin
 from vllm_metal_tq.integrations.vllm.cache import PagedCache
 
@@ -43,6 +45,12 @@ def kind_of(name):
 def test_layers_that_would_write_where_they_read_are_refused():
     with pytest.raises(NotImplementedError, match="would let them write to it too"):
         serve(kind_of("gemma3n"), [0], ON)
+
+
+def test_a_calibration_serves_layers_that_share_keys(tmp_path):
+    kind, file = kind_of("gemma4_text with shared keys"), tmp_path / "calibration.safetensors"
+    calibrate(trained(kind), models.tokens(300)[0].tolist()).save(file)
+    serve(kind, [0], ON | {"calibration": str(file)})  # which refuses what does not fit
 
 
 def test_an_assistant_that_reads_an_uncompressed_cache_is_refused():

@@ -271,7 +271,11 @@ def _pools(args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapp
     calibration = common.calibration_for(args, model, tokenizer)
     config = common.scheme(args, calibration)
     limit = default_budget() if args.kv_budget is None else args.kv_budget
-    return CachePools(model, config, calibration=calibration, max_bytes=limit or None)
+    pools = CachePools(model, config, calibration=calibration, max_bytes=limit or None)
+    if limit and pools.max_blocks is None:
+        log = logging.getLogger(__name__)
+        log.warning("no budget is kept: of this model all that is compressed is bounded by windows")
+    return pools
 
 
 def default_budget() -> int | None:

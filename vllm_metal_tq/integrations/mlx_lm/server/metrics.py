@@ -114,10 +114,10 @@ _KV_HELP = {
     "kv_blocks_total": "Blocks of the budget, or allocated where there is none",
     "kv_blocks_reserved": "Blocks that running requests may still take",
     "kv_block_tokens": "Tokens that a block holds",
-    "kv_bytes_used": "Bytes of used blocks, all layers together",
+    "kv_bytes_used": "Bytes of used blocks, in all layers without a window",
     "kv_bytes_free": "Bytes of free blocks",
     "kv_bytes_total": "Bytes of all blocks",
-    "kv_bytes_allocated": "Bytes that the page pools have allocated",
+    "kv_bytes_allocated": "Bytes that the page pools have allocated, those of windows too",
     "prompt_cache_sequences": "Earlier prompts that are kept",
 }
 
