@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 from vllm_metal_tq.integrations.mlx_lm.probe import (
     CHUNKS,
@@ -81,6 +84,11 @@ class Kind:
 
     def __str__(self) -> str:
         return self.name or self.model_type
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the installed mlx_lm has it so."""
+        return Version(version("mlx-lm")) >= Version(self.since)
 
     @property
     def compressed(self) -> list[bool]:
