@@ -30,7 +30,7 @@ def noted(request, demo, monkeypatch):
     fields, *notes = NOTES[request.param]
     tokenizer = demo[1]
     model = build(request.param, **fields | {"vocab_size": tokenizer.vocab_size})
-    monkeypatch.setattr(common, "load_model", lambda name: (model, tokenizer))
+    monkeypatch.setattr(common, "load_model", lambda *_: (model, tokenizer))
     return model, notes
 
 

@@ -154,7 +154,7 @@ def test_a_draft_model_beside_windows_is_refused(model, monkeypatch):
         self.model, self.draft_model, self.tokenizer = windows, model, serving.tokenizer()
 
     monkeypatch.setattr(ModelProvider, "_load", load)
-    provider = Provider(serving.options(), lambda name: None, lambda model, _: CachePools(model))
+    provider = Provider(serving.options(), lambda *_: None, lambda model, _: CachePools(model))
     with pytest.raises(ValueError, match="which TurboQuantKVCache cannot do for this model"):
         provider.load()
 

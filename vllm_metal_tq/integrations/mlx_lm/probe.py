@@ -14,6 +14,7 @@ import mlx_lm.models.cache as host
 
 from ...attention import Mask
 from . import hook
+from .cache import TurboQuantKVCache
 from .parts import parts
 
 # Why mlx_lm's own cache stays in place.
@@ -89,6 +90,8 @@ class _Probe:
     It has what a ``TurboQuantKVCache`` has of mlx_lm's caches. Whatever else is asked of it shows
     a model that knows the insides of mlx_lm's.
     """
+
+    bits = TurboQuantKVCache.bits  # which reports a missing hook
 
     def __init__(self, window: int) -> None:
         self._inner = host.KVCache()
