@@ -131,7 +131,7 @@ def other_forms(draw, records: list) -> list:
                 records[at] = {"class": "CacheList", "parts": [record, *others]}
             case "unwrap":
                 records[at] = draw(st.sampled_from(inside))
-            case "order" if inside is not record:
+            case "order" if "parts" in record:
                 record["parts"] = draw(st.permutations(inside))
             case _:
                 draw(st.sampled_from([record, *inside]))["class"] = draw(st.sampled_from(CLASSES))

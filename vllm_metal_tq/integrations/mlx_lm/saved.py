@@ -270,7 +270,7 @@ def _check_states(prompt_cache: PromptCache, model: nn.Module) -> None:
 def _alike(given: Any, made: Any) -> bool:
     padding = [getattr(given, name, None) for name in ("left_padding", "lengths")]
     return (
-        padding == [None, None]  # of one sequence
+        all(x is None for x in padding)  # of one sequence
         and isinstance(given.cache, list)
         and len(given.cache) == len(made.cache)
         and all(x is None or _fits(x, y) for x, y in zip(given.cache, made.cache, strict=True))
