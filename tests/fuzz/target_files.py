@@ -38,7 +38,7 @@ from vllm_metal_tq.integrations.mlx_lm.parts import all_compressed, parts
 BLANK = b"0" * 64
 SMALL = {"head_dim": 8, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY = {
-    "windows": ("llama with windows", {"sliding_window": 20, "num_hidden_layers": 2}),
+    "windows": ("llama with windows", {"sliding_window": 20}),
     "shared": (
         "gemma4_text with shared keys",
         {"global_head_dim": 16, "num_hidden_layers": 4, "sliding_window": 20},
