@@ -18,7 +18,8 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]  # as pytest has them
+# As pytest has them.
+sys.path[:0] = map(str, [HERE, HERE.parent, HERE.parent / "integrations" / "mlx_lm"])
 
 MODULES = ("target_files", "target_words", "target_cli", "target_server")
 FINDINGS = Path("fuzz-findings")

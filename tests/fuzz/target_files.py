@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+import struct
 import tempfile
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import mlx.core as mx
 import models
 from harness import Finding, Target, refusal
 from hypothesis import strategies as st
+from kinds import NAMED
 from mutations import (
     File,
     damaged,
@@ -24,15 +27,38 @@ from mutations import (
 
 from vllm_metal_tq import (
     TurboQuantConfig,
-    TurboQuantKVCache,
     calibration,
     load_prompt_cache,
     make_prompt_cache,
     save_prompt_cache,
 )
 from vllm_metal_tq.integrations.mlx_lm import calibrate
+from vllm_metal_tq.integrations.mlx_lm.parts import all_compressed, parts
 
 BLANK = b"0" * 64
+SMALL = {"head_dim": 8, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY = {
+    "windows": ("llama with windows", {"sliding_window": 20}),
+    "shared": (
+        "gemma4_text with shared keys",
+        {"global_head_dim": 16, "num_hidden_layers": 4, "sliding_window": 20},
+    ),
+    "states": (
+        "falcon_h1",
+        {"num_hidden_layers": 2, "mamba_d_ssm": 16, "mamba_d_head": 8, "mamba_d_state": 8},
+    ),
+    "unequal": (
+        "mimo_v2_flash",
+        {"head_dim": 16, "swa_head_dim": 16, "v_head_dim": 8, "swa_v_head_dim": 8}
+        | {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 1},
+    ),
+}
+"""Good files of other kinds than a plain llama: of which kind, and what makes its model small."""
+CLASSES = [
+    *("KVCache", "RotatingKVCache", "ArraysCache", "CacheList"),
+    *("TurboQuantKVCache", "SharedKVCache", "FetchedKVCache"),
+]
+HEAD_DIM, WINDOW, CENTRED, V_HEAD_DIM = 4, 7, 11, 12  # in a cache's own header
 
 
 @cache
@@ -45,14 +71,21 @@ def _file(name: str) -> Path:
 
 
 @cache
-def model():
-    heads = {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return models.llama(num_hidden_layers=2, hidden_size=16, **heads)
+def model(name: str = ""):
+    """The model of a good file: a plain llama where it is of no other kind."""
+    if name not in TINY:
+        return models.llama(num_hidden_layers=2, **SMALL)
+    of, fields = TINY[name]
+    return models.build(NAMED[of].model_type, **NAMED[of].fields | SMALL | fields)
 
 
 @cache
 def measured():
     return calibrate(model(), models.tokens(100)[0].tolist())
+
+
+def _kind(name: str) -> str:
+    return name if name in TINY else ""
 
 
 @cache
@@ -64,12 +97,16 @@ def prompt_caches() -> dict[str, bytes]:
         "limited": make_prompt_cache(model(), max_kv_size=32, calibration=measured()),
         "empty": make_prompt_cache(model()),
     }
-    for name, lengths in {"plain": [40], "centred": [33], "limited": [30, 30]}.items():
-        for length in lengths:
-            model()(models.tokens(length), cache=made[name])
+    made |= {name: make_prompt_cache(model(name)) for name in TINY}
+    lengths = {"plain": [40], "centred": [33], "limited": [30, 30], "windows": [60, 1]}
+    for name in made.keys() - {"empty"}:
+        for length in lengths.get(name, [33, 1]):
+            mx.eval(model(_kind(name))(models.tokens(length), cache=made[name]))
     files = {}
     for name, prompt_cache in made.items():
-        save_prompt_cache(_file("good.safetensors"), prompt_cache, model(), {"note": name})
+        save_prompt_cache(
+            _file("good.safetensors"), prompt_cache, model(_kind(name)), {"note": name}
+        )
         files[name] = _file("good.safetensors").read_bytes()
     return files
 
@@ -81,6 +118,44 @@ def sealed(data: bytes) -> bytes:
 
 
 @st.composite
+def other_forms(draw, records: list) -> list:
+    """Records of layers in lists of one, in lists of lists, out of lists, and of other classes."""
+    records = deepcopy(records)
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(records) - 1))
+        record = records[at]
+        inside = record.get("parts", [record])
+        match draw(st.sampled_from(["wrap", "wrap", "unwrap", "order", "class", "class"])):
+            case "wrap":
+                others = draw(st.lists(st.sampled_from(inside), max_size=2))
+                records[at] = {"class": "CacheList", "parts": [record, *others]}
+            case "unwrap":
+                records[at] = draw(st.sampled_from(inside))
+            case "order" if "parts" in record:
+                record["parts"] = draw(st.permutations(inside))
+            case _:
+                draw(st.sampled_from([record, *inside]))["class"] = draw(st.sampled_from(CLASSES))
+    return records
+
+
+@st.composite
+def other_versions(draw, file: File, name: str) -> File:
+    """The file with a cache's header of state version 3, or with other sizes and windows in it."""
+    dtype, _, data = file.arrays[name]
+    values = [*struct.unpack(f"<{len(data) // 4}i", data)]
+    if draw(st.booleans()):
+        values[0] = 3
+        del values[V_HEAD_DIM], values[WINDOW]
+    else:
+        places = st.sampled_from([HEAD_DIM, WINDOW, WINDOW, CENTRED, V_HEAD_DIM, V_HEAD_DIM])
+        sizes = st.sampled_from([-1, 0, 1, 2, 4, 7, 8, 16, 19, 20, 21, 32, 64, 4096, 2**31 - 1])
+        for _ in range(draw(st.integers(1, 2))):
+            values[draw(places)] = draw(sizes)
+    file.arrays[name] = [dtype, [len(values)], struct.pack(f"<{len(values)}i", *values)]
+    return file
+
+
+@st.composite
 def forged_prompt_caches(draw) -> tuple[str, bytes]:
     """The name of a good file, and a bad one made of it."""
     name = draw(st.sampled_from(sorted(prompt_caches())))
@@ -88,21 +163,29 @@ def forged_prompt_caches(draw) -> tuple[str, bytes]:
     file = File(good)
     match draw(
         st.sampled_from(["blind", "header", "metadata", "splice"])
-        | st.sampled_from(["numbers", "arrays", "layers"])
+        | st.sampled_from(["numbers", "versions", "arrays", "layers", "forms"])
     ):
         case "blind":
             data = draw(damaged(good))
         case "numbers":
-            integers = [n for n, (dtype, _, _) in file.arrays.items() if dtype == "I32"]
-            file = draw(other_integers(file, draw(st.sampled_from(integers))))
+            file = draw(other_integers(file, draw(st.sampled_from(_headers(file)))))
+            data = written(file.header(), file.data)
+        case "versions":
+            for header in _headers(file):
+                if draw(st.booleans()):
+                    file = draw(other_versions(file, header))
             data = written(file.header(), file.data)
         case "arrays":
             file = draw(other_arrays(file))
             data = written(file.header(), file.data)
         case "layers":
             records = json.loads(file.metadata["layers"])
-            classes = st.sampled_from(["KVCache", "CacheList", "ArraysCache", "TurboQuantKVCache"])
-            file.metadata["layers"] = json.dumps(draw(mutated(records, json_values | classes)))
+            names = st.sampled_from(CLASSES) | st.sampled_from(sorted(file.arrays))
+            file.metadata["layers"] = json.dumps(draw(mutated(records, json_values | names)))
+            data = written(file.header(), file.data)
+        case "forms":
+            records = json.loads(file.metadata["layers"])
+            file.metadata["layers"] = json.dumps(draw(other_forms(records)))
             data = written(file.header(), file.data)
         case "metadata":
             file.metadata = draw(mutated(file.metadata))
@@ -115,34 +198,44 @@ def forged_prompt_caches(draw) -> tuple[str, bytes]:
     return name, sealed(data) if draw(st.integers(0, 9)) else data
 
 
+def _headers(file: File) -> list[str]:
+    """The arrays that are caches' own headers."""
+    return [name for name, (dtype, _, _) in file.arrays.items() if dtype == "I32"]
+
+
 def check_prompt_cache(case: tuple[str, bytes]) -> str:
     name, data = case
+    of = model(_kind(name))
     file = _file("case.safetensors")
     file.write_bytes(data)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     try:
-        loaded, metadata = load_prompt_cache(file, model(), return_metadata=True)
+        loaded, metadata = load_prompt_cache(file, of, return_metadata=True)
     except Exception as error:
         return refusal(error)
     finally:
         bounded(before, len(data))
-    if any(not isinstance(layer, TurboQuantKVCache) for layer in loaded):
-        raise Finding("a layer is not compressed")
+    if classes(loaded) != classes(make_prompt_cache(of)):
+        raise Finding(f"caches {classes(loaded)} are none of the model's")
     if not all(isinstance(x, str) for pair in metadata.items() for x in pair):
         raise Finding(f"metadata {metadata} are no strings")
     usable(loaded)
-    if not stepped(loaded, 1):
+    if not stepped(of, loaded, 1):
         return "loaded, refuses tokens"
     return "the same" if data == prompt_caches()[name] else "loaded, safe to use"
 
 
-def stepped(prompt_cache, count: int) -> bool:
+def classes(prompt_cache) -> list:
+    return [(type(layer), *map(type, parts(layer))) for layer in prompt_cache]
+
+
+def stepped(of, prompt_cache, count: int) -> bool:
     """Take some steps. False: a centre that was forged makes vectors too long to be stored."""
     try:
-        mx.eval(model()(models.tokens(count), cache=prompt_cache))
-        mx.eval(model()(models.tokens(1), cache=prompt_cache))
+        mx.eval(of(models.tokens(count), cache=prompt_cache))
+        mx.eval(of(models.tokens(1), cache=prompt_cache))
     except ValueError as error:
         if "cannot encode" not in str(error):
             raise
@@ -151,7 +244,7 @@ def stepped(prompt_cache, count: int) -> bool:
 
 
 def usable(loaded) -> None:
-    for layer in loaded:
+    for layer in all_compressed(loaded):
         some, pages = layer.sequences, layer.pool.pages
         blocks = some.tables[0].blocks
         if not all(0 <= block < pages.shape[0] for block in blocks):
@@ -210,7 +303,7 @@ def check_calibration(data: bytes) -> str:
         prompt_cache = make_prompt_cache(model(), calibration=loaded)
     except Exception as error:
         return refusal(error)
-    if not stepped(prompt_cache, 20):
+    if not stepped(model(), prompt_cache, 20):
         return "loaded, refuses tokens"
     return "the same" if data == calibrations() else "loaded, safe to use"
 

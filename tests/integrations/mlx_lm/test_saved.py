@@ -1,6 +1,7 @@
 """Prompt caches in files: reloaded = never saved, and whatever is not whole or ours is refused."""
 
 import hashlib
+import json
 import os
 import re
 from functools import partial
@@ -428,6 +429,74 @@ class TestWhatIsRefused:
 
         edited(file, change)
         with pytest.raises(ValueError, match=r"contradicts itself|another model"):
+            load_prompt_cache(file, model)
+
+    @pytest.mark.parametrize("depth", [1, 2])
+    def test_a_plain_layer_in_a_list(self, model, file, depth):
+        def wrap(header):
+            first, *others = json.loads(header["layers"])
+            for _ in range(depth):
+                first = {"class": "CacheList", "parts": [first]}
+            header["layers"] = json.dumps([first, *others])
+
+        edited(file, wrap)
+        with pytest.raises(ValueError, match="was made by another model, or by a release that"):
+            load_prompt_cache(file, model)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda parts: parts[::-1],
+            lambda parts: parts[:1],
+            lambda parts: parts[1:],
+            lambda parts: [*parts, parts[0]],
+            lambda parts: [parts[1], parts[1]],
+            lambda parts: [{"class": "CacheList", "parts": parts[:1]}, parts[1]],
+            lambda parts: [{"class": "CacheList", "parts": parts}, parts[1]],
+        ],
+    )
+    def test_other_parts_of_a_list(self, tmp_path, change):
+        model, file = parallel(), tmp_path / "prompt.safetensors"
+        cache = make_prompt_cache(model)
+        model(tokens(5), cache=cache)
+        save_prompt_cache(file, cache, model)
+
+        def rearrange(header):
+            first, *others = json.loads(header["layers"])
+            first["parts"] = change(first["parts"])
+            header["layers"] = json.dumps([first, *others])
+
+        edited(file, rearrange)
+        with pytest.raises(ValueError, match="was made by another model, or by a release that"):
+            load_prompt_cache(file, model)
+
+    @pytest.mark.parametrize("name", ["SharedKVCache", "FetchedKVCache"])
+    def test_a_compressed_cache_for_another_reader(self, model, file, name):
+        def rename(header):
+            header["layers"] = header["layers"].replace("TurboQuantKVCache", name, 1)
+
+        edited(file, rename)
+        with pytest.raises(ValueError, match="was made by another model, or by a release that"):
+            load_prompt_cache(file, model)
+
+    @pytest.mark.parametrize(
+        "value", [5, "text", [], {"array": "0.1.0"}, {"shape": [1, 0, 96], "dtype": "float32"}]
+    )
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_a_state_that_is_none_of_the_models(self, tmp_path, value, place):
+        model, file = parallel(), tmp_path / "prompt.safetensors"
+        cache = make_prompt_cache(model)
+        model(tokens(5), cache=cache)
+        save_prompt_cache(file, cache, model)
+
+        def forge(header):
+            layers = json.loads(header["layers"])
+            state = layers[0]["parts"][0]["state"]
+            (state[0] if isinstance(state[0], list) else state)[place] = value
+            header["layers"] = json.dumps(layers)
+
+        edited(file, forge)
+        with pytest.raises(ValueError, match="contradicts itself: layer 0 has a state"):
             load_prompt_cache(file, model)
 
     def test_pages_that_do_not_fit(self, model, file):

@@ -24,9 +24,9 @@ from ...calibration import named_weights
 from ...types import PromptCache
 from . import hook
 from .cache import TurboQuantKVCache
-from .parts import compressed, parts
+from .parts import compressed, keys_of, parts
 from .pools import CLASSES
-from .probe import Attention, attention
+from .probe import Attention, alone, attention
 
 _FORMAT = "vllm-metal-tq prompt cache"
 _VERSION = "1"
@@ -36,6 +36,8 @@ _MAX_HEADER = 100_000_000  # bytes, as safetensors limits it
 _SAMPLES = 64  # elements of each weight that the fingerprint looks at
 Record = dict[str, Any]
 """What the header of a file says of one layer, as JSON takes it."""
+Classes = tuple[bool, list[str]]
+"""Whether a layer has a list of caches, and the names of their classes."""
 
 _ANEW = "make it anew with `vllm-metal-tq cache-prompt` or save_prompt_cache"
 
@@ -148,8 +150,11 @@ def load_prompt_cache(
         records, metadata = json.loads(header["layers"]), json.loads(header["metadata"])
         _check_metadata(metadata)
         _check_classes(file, header, records)
+        if not _structured(records, model):
+            raise _UnfitError(_of_another(file))
         made = hook.host_caches(model)
         prompt_cache = [_rebuilt(record, made, i, arrays) for i, record in enumerate(records)]
+        _check_states(prompt_cache, model)
         calibration = header["calibration"]
     except _UnfitError as error:
         raise ValueError(str(error)) from None
@@ -158,10 +163,7 @@ def load_prompt_cache(
         reason = str(error).split("\n")[0]
         raise ValueError(f"{_name(file)} contradicts itself: {reason}; {_ANEW}") from error
     if not _of_model(prompt_cache, model):
-        raise ValueError(
-            f"{_name(file)} was made by another model, or by a release that compressed other "
-            f"layers; {_ANEW}"
-        )
+        raise ValueError(_of_another(file))
     if calibration != _calibration_fingerprint(prompt_cache):
         raise ValueError(f"{_name(file)} contradicts itself: other centres; {_ANEW}")
     return (prompt_cache, metadata) if return_metadata else prompt_cache
@@ -225,6 +227,65 @@ def _serves(cache: TurboQuantKVCache | None, layer: Attention | str) -> bool:
     return isinstance(cache, CLASSES[layer.reader]) and served == layer
 
 
+def _structured(records: list[Record], model: nn.Module) -> bool:
+    """Whether each layer has the caches that one made for the model has, limited or not."""
+    layers = attention(model)
+    made = [hook.host_caches(model, limit) for limit in (None, 1)]
+    expected = [list(map(_expected, caches, layers)) for caches in made]
+    given = list(map(_classes, records))
+    return len(given) == len(layers) and all(
+        form in forms for form, *forms in zip(given, *expected, strict=True)
+    )
+
+
+def _classes(record: Record) -> Classes:
+    listed = record["class"] == host.CacheList.__name__
+    return listed, [part["class"] for part in (record["parts"] if listed else [record])]
+
+
+def _expected(own: Any, layer: Attention | str) -> Classes:
+    ours = None if isinstance(layer, str) else CLASSES[layer.reader]
+    replaced = None if ours is None else keys_of(own)
+    every = [ours if ours and part is replaced else type(part) for part in parts(own)]
+    return isinstance(own, host.CacheList), [cls.__name__ for cls in every]
+
+
+def _check_states(prompt_cache: PromptCache, model: nn.Module) -> None:
+    """Whether states without keys are of the shapes that the model makes; they do not grow.
+
+    Raises:
+        ValueError: one is not.
+    """
+    own = hook.host_caches(model)
+    if not any(isinstance(part, host.ArraysCache) for cache in own for part in parts(cache)):
+        return
+    with alone(model):  # the graph of one token, which is never evaluated
+        model(mx.zeros((1, 1), mx.int32), cache=own)
+    for layer, (cache, fresh) in enumerate(zip(prompt_cache, own, strict=True)):
+        for given, made in zip(parts(cache), parts(fresh), strict=True):
+            if isinstance(made, host.ArraysCache) and not _alike(given, made):
+                raise ValueError(f"layer {layer} has a state that is none of the model's")
+
+
+def _alike(given: Any, made: Any) -> bool:
+    padding = [getattr(given, name, None) for name in ("left_padding", "lengths")]
+    return (
+        all(x is None for x in padding)  # of one sequence
+        and isinstance(given.cache, list)
+        and len(given.cache) == len(made.cache)
+        and all(x is None or _fits(x, y) for x, y in zip(given.cache, made.cache, strict=True))
+    )
+
+
+def _fits(given: object, made: mx.array | None) -> bool:
+    return (
+        isinstance(given, mx.array)
+        and made is not None
+        and given.shape == made.shape
+        and mx.issubdtype(given.dtype, mx.floating) == mx.issubdtype(made.dtype, mx.floating)
+    )
+
+
 def _sequences(cache: object) -> int:
     ours = compressed(cache)
     return len(ours.sequences) if ours else 1
@@ -281,7 +342,7 @@ def _unpacked(value: object, arrays: dict[str, mx.array]) -> Any:
 
 def _rebuilt(record: Record, made: PromptCache, layer: int, arrays: dict[str, mx.array]) -> Any:
     """The cache of one layer."""
-    if "parts" in record:
+    if record["class"] == host.CacheList.__name__:
         own = list(parts(made[layer]))
         several = enumerate(record["parts"])
         return host.CacheList(*(_rebuilt(part, own, i, arrays) for i, part in several))
@@ -310,6 +371,13 @@ def _host_class(name: str, made: PromptCache) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, host._BaseCache)):
         raise ValueError(f"{name} is no cache")
     return cls
+
+
+def _of_another(file: Path) -> str:
+    return (
+        f"{_name(file)} was made by another model, or by a release that compressed other layers; "
+        f"{_ANEW}"
+    )
 
 
 class _UnfitError(Exception):
