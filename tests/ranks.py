@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,28 @@ def _free_ports(count):
         return [s.getsockname()[1] for s in bound]
 
 
+def _free_row(count):
+    """The first of so many ports in a row that were free a moment ago."""
+    while True:
+        (first,) = _free_ports(1)
+        try:
+            with ExitStack() as stack:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                return first
+        except (OSError, OverflowError):
+            continue
+
+
 @contextmanager
-def started(count, folder, *command, **environment):
+def started(count, folder, *command):
     """So many processes of ``python COMMAND``; each writes what it says to ``folder/RANK.txt``.
 
     None outlives the block.
     """
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-    common = _environment(folder) | {"MLX_HOSTFILE": str(hosts)} | environment
+    common = _environment(folder) | {"MLX_HOSTFILE": str(hosts)}
     processes = []
     try:
         for rank in range(count):
@@ -73,6 +87,36 @@ def mpirun(count, folder, *command):
         timeout=SECONDS,
     )
     return done.stdout if done.returncode else ""
+
+
+def launch(count, folder, *command, **environment):
+    """Run so many processes of ``COMMAND`` with mlx.launch, over its ring.
+
+    None outlives the call.
+
+    Returns:
+        What all of them said, and mlx.launch of those that failed.
+    """
+    program = Path(sys.executable).with_name("mlx.launch")
+    if not program.is_file():
+        pytest.skip("needs mlx.launch, which comes with MLX")
+    ring = "-n", str(count), "--backend", "ring", "--starting-port", str(_free_row(count))
+    process = subprocess.Popen(
+        [program, *ring, "--", *command],
+        env=os.environ | _environment(folder) | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a group, to be killed whole
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return output
 
 
 def _environment(folder):

@@ -1,7 +1,7 @@
 """What generate, cache-prompt and serve say of layers that are not compressed, or are restored."""
 
+import argparse
 import logging
-from types import SimpleNamespace
 
 import pytest
 from models import build
@@ -53,9 +53,11 @@ def test_serve_logs_it_at_the_start(noted, caplog):
     model, (count, note) = noted
     pools = CachePools(model)
     batchable = all(hasattr(cache, "merge") for cache in pools.make_prompt_cache())
-    provider = SimpleNamespace(model=model, pools=pools, draft_model=None, is_batchable=batchable)
-    with caplog.at_level(logging.INFO):
-        serve._say_what_is_compressed(provider)
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    args = parser.parse_args(["--model", "m", "--no-calibrate"])
+    with caplog.at_level(logging.INFO):  # what the thread that loads the model calls
+        serve._pools(args, model, None)
     assert ": ".join(count) in caplog.messages
     assert any(note in message for message in caplog.messages)
     alone = any("one at a time" in message for message in caplog.messages)

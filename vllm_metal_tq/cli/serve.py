@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from ..integrations.mlx_lm import CachePools
-    from ..integrations.mlx_lm.server import Generator, Provider, Server
+    from ..integrations.mlx_lm.server import Generator, Server
 
 METAL_SHARE = 0.8  # of the memory that Metal recommends and the weights leave: the rest is for work
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -180,7 +180,6 @@ def run(args: argparse.Namespace) -> None:
     options = ours.ServerOptions(args.max_body_size, args.client_timeout)
     generator = ours.Generator(provider, ours.Stats())
     generator.wait_until_loaded()
-    _say_what_is_compressed(provider)
     try:
         if distributed.rank() == 0:
             _listen(ours.Server(args.host, args.port, generator, options), args.model)
@@ -191,15 +190,19 @@ def run(args: argparse.Namespace) -> None:
         provider.pools.detach()
 
 
-def _say_what_is_compressed(provider: Provider) -> None:
-    """Log what becomes of the model's layers, and whether requests are batched."""
+def _say_what_is_compressed(pools: CachePools, drafts: bool) -> None:
+    """Log what becomes of the model's layers, and whether requests are batched.
+
+    The pools, and while it runs the model, are the generation thread's alone.
+    """
     from ..integrations.mlx_lm import report
+    from ..integrations.mlx_lm.parts import batchable
 
     log = logging.getLogger(__name__)
-    held = report(provider.pools.make_prompt_cache())
-    for name, what in prompts.layer_rows(held, provider.model).items():
+    caches = pools.make_prompt_cache()
+    for name, what in prompts.layer_rows(report(caches), pools.model).items():
         log.info("%s: %s", name, what)
-    if not provider.is_batchable and provider.draft_model is None:
+    if not drafts and not batchable(caches):
         log.info("requests are answered one at a time: this model's caches cannot be batched")
 
 
@@ -275,6 +278,7 @@ def _pools(args: argparse.Namespace, model: nn.Module, tokenizer: TokenizerWrapp
     if limit and pools.max_blocks is None:
         log = logging.getLogger(__name__)
         log.warning("no budget is kept: of this model all that is compressed is bounded by windows")
+    _say_what_is_compressed(pools, args.draft_model is not None)
     return pools
 
 

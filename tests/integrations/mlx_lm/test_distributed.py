@@ -1,6 +1,7 @@
 """Several processes that hold a model together see what one sees that holds it alone."""
 
 import mlx.core as mx
+import mlx_lm.models.cache as host
 import numpy as np
 import part_of_model
 import pytest
@@ -118,6 +119,21 @@ def test_a_model_that_mlx_lm_does_not_divide_is_one_clear_error(monkeypatch):
         distributed.shard(llama(), pipeline=True)
     with pytest.raises(ValueError, match="does not divide the heads of gemma models"):
         distributed.shard(build("gemma", head_dim=64, num_hidden_layers=1))
+
+
+def test_a_whole_model_is_calibrated_without_the_other_processes(monkeypatch):
+    def most(number):
+        raise AssertionError("the others may be at something else")
+
+    monkeypatch.setattr(distributed, "most", most)
+    assert len(calibrate(llama(), tokens(64)[0].tolist()).centres) == 3
+
+
+def test_what_a_stage_sets_while_it_is_measured_reaches_the_cache():
+    cache = host.KVCache()
+    recorder = measure._Recorder(cache, None)
+    recorder.keys = mx.ones(3)
+    assert cache.keys is recorder.keys
 
 
 def test_alone_nothing_is_asked_of_anybody():

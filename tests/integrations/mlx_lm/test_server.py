@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import client, get, health, post, server, wait_for
 
 from vllm_metal_tq import TurboQuantConfig
-from vllm_metal_tq.integrations.mlx_lm import CachePools
+from vllm_metal_tq.integrations.mlx_lm import CachePools, distributed
 from vllm_metal_tq.integrations.mlx_lm.server import ServerOptions, errors, sessions
 from vllm_metal_tq.integrations.mlx_lm.server.admission import Admission
 from vllm_metal_tq.integrations.mlx_lm.server.prompts import PromptCache
@@ -553,6 +553,32 @@ def test_a_turn_after_speculation_skips_no_token(model, count):
         assert mx.abs(found - expected).max() < 0.02 * mx.abs(expected).max()
 
 
+def test_stages_agree_on_a_prompt_that_one_of_them_cannot_trim(model, monkeypatch):
+    """Each stage is a thread here, with an entry for the very prompt."""
+    barrier, named = threading.Barrier(2, timeout=10), {}
+
+    def most(number):
+        named[threading.get_ident()] = number
+        barrier.wait()
+        found = max(named.values())
+        barrier.wait()
+        return found
+
+    monkeypatch.setattr(distributed, "most", most)
+    tokens = list(range(8))
+
+    def fetched(cache):
+        kept = PromptCache(10, None, lambda: 0)
+        kept.insert_cache("m", tokens, [cache])
+        return kept.fetch_nearest_cache("m", tokens)
+
+    trimmable = CachePools(model).make_prompt_cache()[0]
+    trimmable.update_and_fetch(*[mx.zeros((1, trimmable.pool.num_kv_heads, 8, 64))] * 2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(fetched, [trimmable, _Untrimmable(8)]))
+    assert found == [(None, tokens)] * 2
+
+
 def test_caches_that_disagree_and_cannot_be_trimmed_are_not_kept(model):
     kept = PromptCache(10, None, lambda: 0)
     for lengths, found in (((8, 8), 8), ((9, 8), 0), ((7, 7), 7)):
@@ -787,6 +813,24 @@ def test_mlx_lms_own_server_keeps_its_own_batches():
 
     batch.install()
     assert type(host.BatchGenerator(models.llama())) is BatchGenerator
+
+
+def test_requests_share_what_is_sampled_in_a_batch_and_alone(model, monkeypatch):
+    """Both ask mlx_lm's server for a sampler; equal ones are one, by which it samples at once."""
+    shared = []
+
+    def same(sampler):
+        shared.append(sampler)
+        return sampler
+
+    monkeypatch.setattr(distributed, "same", same)
+    with server(model=model) as running:
+        for options in ({}, {"seed": 1}):
+            before = len(shared)
+            complete = client(running).completions.create
+            complete(model="tiny", prompt="a", max_tokens=2, temperature=0, **options)
+            assert len(shared) == before + 1, options
+    assert shared[0] is shared[1]
 
 
 def test_error_texts_name_no_path_and_no_secret(served):

@@ -17,7 +17,7 @@ from ...attention import Mask
 from ...calibration import Calibration, Statistics, find, fingerprint, place
 from ...centre import Centre, turn
 from ...config import CALIBRATION_TOKENS
-from ...part import Part
+from ...part import Part, whole_fingerprint
 from ...rope import Rope
 from ...types import Progress, Tokenizer
 from . import distributed, hook
@@ -59,6 +59,11 @@ class _Recorder:
     def __init__(self, cache: Any, statistics: Statistics):
         self._cache = cache
         self._statistics = statistics
+
+    # Stages of a pipeline set it, so that what they send is not left out.
+    keys = property(
+        lambda self: self._cache.keys, lambda self, new: setattr(self._cache, "keys", new)
+    )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -141,7 +146,7 @@ def calibrate(
         Statistics(found or rope.constant(layer.head_dim)) if isinstance(layer, Attention) else None
         for found, layer in zip(layer_ropes(model), layers, strict=True)
     ]
-    if not distributed.most(any(every)):
+    if not _anywhere(any(every), model):
         num_layers = Part.of(model, len(every)).num_layers
         return Calibration((None,) * num_layers, fingerprint(model))
     caches = hook.host_caches(model)
@@ -155,6 +160,11 @@ def calibrate(
         progress(start + len(chunk), len(token_ids))
     centres = (s.centre() if s else None for s in _whole(every, model))
     return Calibration(tuple(centres), fingerprint(model))
+
+
+def _anywhere(here: bool, model: nn.Module) -> bool:
+    """Whether it is so in any of the processes that hold ``model`` together."""
+    return here if whole_fingerprint(model) is None else bool(distributed.most(here))
 
 
 def _whole(every: list[Statistics | None], model: nn.Module) -> list[Statistics | None]:
@@ -197,7 +207,7 @@ def find_or_calibrate(
         ValueError: the file that was found cannot be used.
     """
     found = find(model, folder if folder and Path(folder).is_dir() else None)
-    if distributed.most(found is None) or found is None:  # wherever it is that it is missing
+    if _anywhere(found is None, model) or found is None:  # wherever it is that it is missing
         text = (files("vllm_metal_tq") / "data" / "calibration.txt").read_text(encoding="utf-8")
         found = calibrate(model, tokenizer.encode(text)[:CALIBRATION_TOKENS], progress)
         try:
@@ -282,7 +292,7 @@ def _stored(model: nn.Module, position: int) -> list[mx.array | None]:
     probes = [shape and _At(position) for shape in shapes]
     caches = [
         with_keys(cache, probe) if probe else cache
-        for cache, probe in zip(host.make_prompt_cache(model), probes, strict=True)
+        for cache, probe in zip(hook.host_caches(model), probes, strict=True)
     ]
     with alone(model):  # what comes in does not matter
         model(mx.array([[1], [2], [3]]), cache=caches)

@@ -1,8 +1,8 @@
 """mlx_lm's server over page pools: admission by blocks, limits for clients, and metrics.
 
 mlx_lm's own classes do the work, extended where they are meant to be called: ``Provider`` loads
-the model, ``Generator`` runs its thread, ``Handler`` speaks HTTP. ``batch`` holds the one name of
-mlx_lm's that is rebound.
+the model, ``Generator`` runs its thread, ``Handler`` speaks HTTP. ``batch`` holds the two names
+of mlx_lm's that are rebound.
 """
 
 from .generator import Generator

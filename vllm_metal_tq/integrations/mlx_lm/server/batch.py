@@ -1,7 +1,7 @@
-"""mlx_lm's batch generator, which tells when a request has left it.
+"""mlx_lm's batch generator, which tells when a request has left it, and its samplers.
 
-mlx_lm's server makes its batch generator itself, so the name is rebound in its module, here and
-nowhere else. The generators of other servers in the process stay mlx_lm's own.
+mlx_lm's server makes both itself, so two names are rebound in its module, here and nowhere else.
+The batch generators of other servers in the process stay mlx_lm's own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ class Batch(BatchGenerator):
 
     def insert_segments(self, *args: Any, **options: Any) -> list[int]:
         """Let the request join that was admitted last."""
-        if samplers := options.get("samplers"):
-            options["samplers"] = [distributed.same(sampler) for sampler in samplers]
         (uid,) = super().insert_segments(*args, **options)
         if self._owner.joining is not None:
             self._sessions[uid] = self._owner.joining
@@ -63,6 +61,15 @@ def _make(*args: Any, **options: Any) -> BatchGenerator:
     return Batch(*args, owner=owner, **options) if owner else BatchGenerator(*args, **options)
 
 
+_own_sampler = host._make_sampler
+
+
+def _sampler(*args: Any) -> distributed.Sampler:
+    """For a request in a batch, or one that is answered alone."""
+    return distributed.same(_own_sampler(*args))
+
+
 def install() -> None:
-    """Have mlx_lm's server make our batch generators; doing it again changes nothing."""
+    """Have mlx_lm's server make ours of both; doing it again changes nothing."""
     host.BatchGenerator = _make
+    host._make_sampler = _sampler

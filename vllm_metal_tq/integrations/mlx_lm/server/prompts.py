@@ -54,13 +54,15 @@ class PromptCache(LRUPromptCache):
         if held is not None and held[:2] == (model, tokens):
             return held[2]
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        if -distributed.most(-len(rest)) < distributed.most(len(rest)):
-            return None, tokens  # stages of a pipeline differ in what can be trimmed
         if cache is not None and not rest:
-            if not can_trim_prompt_cache(cache):
-                return None, tokens
-            trim_prompt_cache(cache, 1)
-            rest = tokens[-1:]
+            if can_trim_prompt_cache(cache):
+                trim_prompt_cache(cache, 1)
+                rest = tokens[-1:]
+            else:
+                cache, rest = None, tokens
+        # Last of all: stages of a pipeline differ in what can be trimmed.
+        if -distributed.most(-len(rest)) < distributed.most(len(rest)):
+            return None, tokens
         return (None, tokens) if len(rest) == len(tokens) else (cache, rest)
 
     def insert_cache(
