@@ -83,8 +83,11 @@ class _Recorder:
         mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        self._add(queries)
+        self._asked(queries)
         return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
+
+    def _asked(self, queries: mx.array) -> None:
+        self._add(queries)
 
     def _add(self, queries: mx.array | None) -> None:
         length = self._new[0].shape[2]
@@ -104,16 +107,8 @@ class _KeyRecorder(_Recorder):
         self._add(None)
         return fetched
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        return hook.dense_attention(queries, keys, values, None, scale, mask, sinks)
+    def _asked(self, queries: mx.array) -> None:
+        pass  # what it is asked may be some of the queries, or none
 
 
 def calibrate(
