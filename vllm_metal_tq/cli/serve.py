@@ -10,11 +10,13 @@ import argparse
 import json
 import logging
 import math
+import os
 import signal
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import common, prompts
+from . import common, exit_status, prompts
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -217,8 +219,11 @@ def _listen(server: Server, model: str) -> None:
         pass
     finally:
         signal.signal(signal.SIGTERM, previous)
-        server.generator.stop_and_join()  # first, so that whoever waits is told
+        ended = server.generator.stop_and_join()  # first, so that whoever waits is told
         server.server_close()
+        if not ended:
+            print("error: another process does not answer", file=sys.stderr, flush=True)
+            os._exit(exit_status.UNEXPECTED)  # else Python would wait for the thread
 
 
 def _follow(generator: Generator) -> None:

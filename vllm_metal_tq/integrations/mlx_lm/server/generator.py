@@ -25,6 +25,7 @@ from .provider import Provider
 from .sessions import Replies, Session, Watch
 
 _STOP = "stop"  # in place of a request
+_PATIENCE = 15  # seconds until a step of several processes is taken for one that never ends
 _DEFAULT = "default_model"  # mlx_lm's name for what the command line gave
 
 
@@ -79,15 +80,23 @@ class Generator(ResponseGenerator):
             self.stop_and_join()
             raise self.failure
 
-    def stop_and_join(self) -> None:
-        """End the threads; requests that run are answered with an error. Once is enough."""
+    def stop_and_join(self) -> bool:
+        """End the threads; requests that run are answered with an error. Once is enough.
+
+        Returns:
+            Whether they have ended. MLX may wait for ever for a process that is gone.
+        """
         self.watch.stop()
         self._leaving = True
         if not self._is_distributed:  # else the thread tells the others first
             self._stop = True
         for session in tuple(self._live):
             session.stop()
-        self.join()
+        self._generation_thread.join(_PATIENCE if self._is_distributed else None)
+        ended = not self._generation_thread.is_alive()
+        if not ended:
+            self._end_live(stopping)
+        return ended
 
     @property
     def healthy(self) -> bool:
