@@ -176,14 +176,18 @@ def run(args: argparse.Namespace) -> None:
     from ..integrations.mlx_lm import distributed
     from ..integrations.mlx_lm import server as ours
 
-    level = args.log_level if distributed.rank() == 0 else "ERROR"  # others would repeat it
+    first = distributed.rank() == 0
+    if not first:
+        # Keys reach all processes of a terminal: it is the first one that stops the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    level = args.log_level if first else "ERROR"  # others would repeat it
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     provider = ours.Provider(args, partial(_load, args), lambda *loaded: _pools(args, *loaded))
     options = ours.ServerOptions(args.max_body_size, args.client_timeout)
     generator = ours.Generator(provider, ours.Stats())
     generator.wait_until_loaded()
     try:
-        if distributed.rank() == 0:
+        if first:
             _listen(ours.Server(args.host, args.port, generator, options), args.model)
         else:
             _follow(generator)
@@ -232,8 +236,6 @@ def _follow(generator: Generator) -> None:
     Raises:
         Exception: why that was not to be.
     """
-    # Keys reach all processes of a terminal: it is the first one that stops the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     generator.join()
     if generator.failure is not None:
         raise generator.failure
