@@ -23,7 +23,7 @@ openblas.preload()
 import mlx.core as mx  # noqa: E402
 
 from vllm_metal_tq import msl  # noqa: E402
-from vllm_metal_tq.config import TurboQuantConfig  # noqa: E402
+from vllm_metal_tq.config import QUANT_OF, T2, T3, TRELLIS_WIDTHS, TurboQuantConfig  # noqa: E402
 from vllm_metal_tq.kernels.decode import Options, decode  # noqa: E402
 from vllm_metal_tq.kernels.launch import Launch  # noqa: E402
 from vllm_metal_tq.layout import PageLayout  # noqa: E402
@@ -75,7 +75,7 @@ CLASSES = (
 )  # fmt: skip
 COMPLEX = ("shift", "product", "exp2")
 
-WIDTHS = ((4, 4), (3, 3), (2, 2), (8, 4))
+WIDTHS = ((4, 4), (3, 3), (2, 2), (8, 4), (T3, T3), (T2, T2))
 KERNELS = (("fma", 1), ("fma", 2), ("fma", 4), ("fma", 8), ("mma", 4), ("mma", 8))
 COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8)
 CONTEXT, KV_HEADS, DIM = 32768, 8, 128
@@ -97,6 +97,9 @@ METAL_FUNC void simdgroup_multiply_accumulate(
   d.thread_elements() = count_matrix(a.thread_elements(), b.thread_elements(), c.thread_elements());
 }
 METAL_FUNC float simd_shuffle_xor(float x, ushort mask) { return count_shuffle(x, mask); }
+METAL_FUNC uint simd_shuffle(uint x, ushort lane) {
+  return as_type<uint>(count_shuffle(as_type<float>(x), lane));
+}
 METAL_FUNC half2 fma(half2 a, half2 b, half2 c) { return __builtin_elementwise_fma(a, b, c); }
 METAL_FUNC float max(float a, float b) { return __builtin_fmaxf(a, b); }
 """
@@ -170,9 +173,9 @@ def _launch(variant: str, columns: int, layout: PageLayout) -> Launch:
 
 
 @lru_cache
-def count(variant: str, columns: int, k_bits: int, v_bits: int, dim: int) -> Kernel:
+def count(variant: str, columns: int, k_width: int, v_width: int, dim: int) -> Kernel:
     """Count the instructions of a decode kernel's loop."""
-    layout = PageLayout(TurboQuantConfig(k_bits, v_bits), dim)
+    layout = PageLayout(TurboQuantConfig(k_width, v_width), dim)
     launch = _launch(variant, columns, layout)
     text = msl.generated_text(
         lambda *arrays: launch.call("metal", *arrays, verbose=True), *launch.inputs.values()
@@ -432,31 +435,33 @@ def bf16_time(chip: Chip, dim: int = DIM) -> float:
     return CONTEXT * KV_HEADS * 4 * dim / chip.bandwidth / 1e3
 
 
-def passes_of_fma(columns: int, k_bits: int, v_bits: int, dim: int) -> int:
+def passes_of_fma(columns: int, k_width: int, v_width: int, dim: int) -> int:
     """How often pages are read so that what a lane holds fits its registers."""
     passes = 1
     while True:
-        kernel = count("fma", -(-columns // passes), k_bits, v_bits, dim)
+        kernel = count("fma", -(-columns // passes), k_width, v_width, dim)
         if kernel.registers <= MAX_REGISTERS or passes >= columns:
             return passes
         passes += 1
 
 
-def time(chip: Chip, variant: str, columns: int, k_bits: int, v_bits: int, dim: int = DIM) -> Time:
+def time(
+    chip: Chip, variant: str, columns: int, k_width: int, v_width: int, dim: int = DIM
+) -> Time:
     """What attention of a layer takes, for one sequence of ``CONTEXT`` tokens.
 
     Args:
         chip: the GPU.
         variant: ``fma`` or ``mma``.
         columns: query heads of a KV head, times query rows.
-        k_bits: bits of a key code.
-        v_bits: bits of a value code.
+        k_width: code of keys, one of ``config.WIDTHS``.
+        v_width: likewise of values.
         dim: head_dim.
     """
-    layout = PageLayout(TurboQuantConfig(k_bits, v_bits), dim)
-    passes = passes_of_fma(columns, k_bits, v_bits, dim) if variant == "fma" else 1
+    layout = PageLayout(TurboQuantConfig(k_width, v_width), dim)
+    passes = passes_of_fma(columns, k_width, v_width, dim) if variant == "fma" else 1
     sub_blocks = passes * KV_HEADS * CONTEXT / 16
-    kernel = count(variant, -(-columns // passes), k_bits, v_bits, dim)
+    kernel = count(variant, -(-columns // passes), k_width, v_width, dim)
     rate = chip.cores * chip.gigahertz * 1e3 * SLOTS_PER_CLOCK * UTILISATION
     return Time(
         sub_blocks * 16 * layout.row_bytes / chip.bandwidth / 1e3,
@@ -477,12 +482,16 @@ def _rounded(x: float) -> str:
     return f"{int(x + 0.5):,}"
 
 
+def _bits(k_width: int, v_width: int) -> str:
+    return " / ".join(QUANT_OF[w] if w in TRELLIS_WIDTHS else str(w) for w in (k_width, v_width))
+
+
 def instruction_table(dim: int) -> str:
     rows = []
-    for k_bits, v_bits in WIDTHS:
+    for k_width, v_width in WIDTHS:
         for variant, columns in KERNELS:
-            n = count(variant, columns, k_bits, v_bits, dim).counts
-            row = [f"{k_bits} / {v_bits}", variant, str(columns)]
+            n = count(variant, columns, k_width, v_width, dim).counts
+            row = [_bits(k_width, v_width), variant, str(columns)]
             row += [_rounded(n[name]) for name in CLASSES]
             row += [_rounded(32 * n[name]) for name in ("device", "threadgroup")]
             if rows and rows[-1][:2] == row[:2] and rows[-1][3:] == row[3:]:
@@ -492,14 +501,14 @@ def instruction_table(dim: int) -> str:
     return table(["bits", "kernel", "N", *CLASSES, "bytes", "bytes, threadgroup"], rows)
 
 
-def choice_table(k_bits: int, v_bits: int, dim: int) -> str:
+def choice_table(k_width: int, v_width: int, dim: int) -> str:
     chip, rows = CHIPS[0], []
     for columns in COLUMNS:
-        one = count("fma", columns, k_bits, v_bits, dim)
-        passes = passes_of_fma(columns, k_bits, v_bits, dim)
-        share = count("fma", -(-columns // passes), k_bits, v_bits, dim)
+        one = count("fma", columns, k_width, v_width, dim)
+        passes = passes_of_fma(columns, k_width, v_width, dim)
+        share = count("fma", -(-columns // passes), k_width, v_width, dim)
         fma = passes * share.slots(chip)
-        mma = count("mma", columns, k_bits, v_bits, dim).slots(chip)
+        mma = count("mma", columns, k_width, v_width, dim).slots(chip)
         rows.append(
             [
                 *(str(columns), _rounded(one.slots(chip)), str(one.registers), str(passes)),
@@ -524,15 +533,15 @@ def roofline_table(columns: int) -> str:
             row.append(f"{_rounded(best.total)} ({name}, {bound})")
             row.append(f"{bf16_time(chip) / best.total:.1f}x")
         rows.append(row)
-    return table(["", "bf16", "tq4", "", "tq3", "", "q8_0 / q4_0", ""], rows)
+    return table(["", "bf16", "tq4", "", "q3_0", "", "q8_0 / q4_0", ""], rows)
 
 
-def variant_table(k_bits: int, v_bits: int) -> str:
+def variant_table(k_width: int, v_width: int) -> str:
     rows = []
     for columns in COLUMNS:
         row = [str(columns)]
         for chip in CHIPS:
-            fma, mma = (time(chip, way, columns, k_bits, v_bits).total for way in ("fma", "mma"))
+            fma, mma = (time(chip, way, columns, k_width, v_width).total for way in ("fma", "mma"))
             marks = ("**", "") if fma <= mma else ("", "**")
             row.append(
                 " / ".join(f"{m}{_rounded(t)}{m}" for m, t in zip(marks, (fma, mma), strict=True))

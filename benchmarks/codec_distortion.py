@@ -20,7 +20,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from vllm_metal_tq import TurboQuantConfig, codec, demo_model  # noqa: E402
-from vllm_metal_tq.config import WIDTHS  # noqa: E402
+from vllm_metal_tq.config import QUANT_OF  # noqa: E402
 from vllm_metal_tq.layout import PageLayout  # noqa: E402
 from vllm_metal_tq.pages import BlockTable, PagePool  # noqa: E402
 from vllm_metal_tq.rotation import rotate  # noqa: E402
@@ -38,9 +38,9 @@ def captured(tokens: int) -> tuple[mx.array, mx.array]:
     return mx.concatenate(keys), mx.concatenate(values)
 
 
-def errors(keys: mx.array, values: mx.array, bits: int) -> tuple[float, float]:
-    """Relative mean square error of keys and of values at ``bits``, averaged over heads."""
-    layout = PageLayout(TurboQuantConfig(bits, bits), keys.shape[-1])
+def errors(keys: mx.array, values: mx.array, width: int) -> tuple[float, float]:
+    """Relative mean square error of keys and of values at a width, averaged over heads."""
+    layout = PageLayout(TurboQuantConfig(width, width), keys.shape[-1])
     table = BlockTable(PagePool(layout, keys.shape[0]))
     table.append(codec.encode(keys, values, layout))
     decoded = codec.decode(table.read(table.num_tokens), layout)
@@ -61,10 +61,10 @@ def main():
         f"N(0, 1), D={d}": (mx.random.normal((4, 4096, d), key=mx.random.key(d)),) * 2
         for d in (64, 128)
     } | {"SmolLM2-135M, D=64": captured(tokens)}
-    table = Table("bits", *(f"{kind}: {name}" for name in sources for kind in ("keys", "values")))
-    for bits in WIDTHS:
-        figures = (figure for pair in sources.values() for figure in errors(*pair, bits))
-        table.add_row(str(bits), *(f"{figure:.6f}" for figure in figures))
+    table = Table("width", *(f"{kind}: {name}" for name in sources for kind in ("keys", "values")))
+    for width, name in QUANT_OF.items():
+        figures = (figure for pair in sources.values() for figure in errors(*pair, width))
+        table.add_row(name, *(f"{figure:.6f}" for figure in figures))
     Console().print(table)
 
 

@@ -21,6 +21,7 @@ import shipped  # noqa: E402
 
 from vllm_metal_tq import codec, demo_model  # noqa: E402
 from vllm_metal_tq.codebook import key_codebook, value_codebook  # noqa: E402
+from vllm_metal_tq.config import SCALAR_WIDTHS  # noqa: E402
 from vllm_metal_tq.rotation import rotate  # noqa: E402
 
 
@@ -48,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=int, choices=SCALAR_WIDTHS, default=4)
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8") if args.text else shipped.text("alice.txt")
     model, tokenizer = demo_model.load()

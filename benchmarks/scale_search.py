@@ -19,7 +19,7 @@ from rich.table import Table  # noqa: E402
 
 from vllm_metal_tq import codec  # noqa: E402
 from vllm_metal_tq.codebook import Gaussian, Uniform, key_codebook, value_codebook  # noqa: E402
-from vllm_metal_tq.config import WIDTHS  # noqa: E402
+from vllm_metal_tq.config import SCALAR_WIDTHS  # noqa: E402
 
 # Step of the best uniform quantiser of N(0, 1) (Max 1960, table II).
 UNIFORM_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 8: 0.0308}
@@ -45,7 +45,7 @@ def best(y: mx.array, steps: Sequence[float], codebook: Uniform | Gaussian, gain
 def main():
     names = (f"{kind}, {tried}" for kind in ("keys", "values") for tried in ("few", "many"))
     table = Table("bits", "D", *names)
-    for bits in WIDTHS:
+    for bits in SCALAR_WIDTHS:
         keys, values, gain = key_codebook(bits), value_codebook(bits), codec.VALUE_GAINS[bits]
         for dim in (64, 128, 256):
             y = mx.random.normal((4096, dim), key=mx.random.key(dim))

@@ -1,5 +1,6 @@
 // What both decode kernels share: loads of a page, and codes as half floats.
 #include "attention.h"
+#include "trellis.h"
 
 #ifdef __CUDACC__
 // At most 128 registers a lane, so that 16 SIMD-groups fit a processor: MLX's own signatures say
@@ -40,10 +41,8 @@ template <int LOW, int HIGH> TQ_FN float tq_key_offset(int field) {
   return float(1 << (10 - tq_position<LOW, HIGH>(field))) + 0.5f * float((1 << (LOW + HIGH)) - 1);
 }
 
-// Two value codes as levels divided by b: w * (a/b + w^2 + c/b * w^16), w = (2 * code + 1 - n) / n,
-// n = 2^bits; vllm_metal_tq/codebook.py rounds them in the same way.
-template <int LOW, int HIGH>
-TQ_FN uint tq_value_pair(uint low, int field, uint high, int at, uint zero, half2 a_by_b, half2 c_by_b) {
+// Two codes as w = (2 * code + 1 - n) / n, n = 2^bits, from where tq_pair finds them.
+template <int LOW, int HIGH> TQ_FN half2 tq_w(uint low, int field, uint high, int at, uint zero) {
   constexpr int BITS = LOW + HIGH;
   constexpr int SCALE = BITS - 1;
   const int s = tq_position<LOW, HIGH>(field);
@@ -56,14 +55,35 @@ TQ_FN uint tq_value_pair(uint low, int field, uint high, int at, uint zero, half
     const uint middle = ((1u << BITS) - 1u) << (s > 0 ? s - 1 : 0);
     w = w + as_type<half2>((0x8000u | uint(25 - SCALE - s) << 10 | middle) * 0x00010001u);
   }
+  return w;
+}
+
+// Two value codes as levels divided by b: w * (a/b + w^2 + c/b * w^16);
+// vllm_metal_tq/codebook.py rounds them in the same way.
+template <int LOW, int HIGH>
+TQ_FN uint tq_value_pair(uint low, int field, uint high, int at, uint zero, half2 a_by_b, half2 c_by_b) {
+  const half2 w = tq_w<LOW, HIGH>(low, field, high, at, zero);
   half2 factor = fma(w, w, a_by_b);
-  if (BITS > 4) {
+  if (LOW + HIGH > 4) {
     const half2 square = w * w;
     const half2 fourth = square * square;
     const half2 eighth = fourth * fourth;
     factor = fma(eighth * c_by_b, eighth, factor);
   }
   return as_type<uint>(w * factor);
+}
+
+// Bits of a plane of a trellis code as a lane loads them of two tokens: WORDS of them, for each token
+// one, or bytes of both in turn where a token has only 16 bits.
+template <int WORDS, int N> TQ_FN uint tq_tokens(thread uint (&bits)[2][N], int i) {
+  return WORDS == 2 ? bits[i][0] : bits[0][0] | bits[1][0] << 8;
+}
+
+// Two trellis codes as levels divided by b: those of the bits `at` and `at` + 16 of the words that
+// tq_numbers made, and where WIDE of the word of their fifth bits.
+template <bool WIDE>
+TQ_FN uint tq_trellis_pair(thread uint (&number)[4], uint fifth, int at, uint zero, half2 a_by_b) {
+  return as_type<uint>(tq_octic(tq_w<4, WIDE>(number[at % 4], at / 4, fifth, at, zero), a_by_b));
 }
 
 // A lane's bytes of a page, in words; two bytes become the low bytes of a word's halves.

@@ -1,19 +1,20 @@
-#include "decode.h"
+#include "decode_fma.h"
 #include "centre.h"
   // Attention of a few query rows over compressed pages, with plain float32 arithmetic.
   //
   // The same work as decode_mma.metal, with its inputs, outputs and template constants, for GPUs
   // whose matrix instructions do not pay: N is the number of columns that are served in one pass,
-  // NB is not used, and one more constant is TURNED, see centre.h. A SIMD-group takes a sub-block of 16 tokens at a time. A lane holds, of
+  // NB is not used, and one more constant is TURNED, see centre.h. A SIMD-group takes a sub-block of
+  // 16 tokens at a time. A lane holds, of
   //   the keys:    tokens group, group + 4, + 8 and + 12, and an eighth (eighth) of the dimensions;
   //   the logits:  one of these tokens, and every other column (odd says which);
   //   the values:  8 dimensions (value_row, value_half), of the tokens of every VQ-th quad.
   // A quad q is, as there, the tokens 2 q, 2 q + 1 and those + 8. Weights go from the lanes of the
-  // logits to those of the values through threadgroup memory.
+  // logits to those of the values through threadgroup memory. Trellis codes: see decode_fma.h.
   constexpr int KB = KL + KH;
   constexpr int VB = VL + VH;
-  constexpr int KD = (D <= 64 || KL == 8) ? 16 : 32;        // key dimensions that lie together
-  constexpr int KE = D <= 64 ? 8 : 16;                      // of these a lane's, per chunk
+  constexpr int KE = D <= 64 ? 8 : 16;                      // a lane's key dimensions of a chunk
+  constexpr int KD = KT ? KE : D <= 64 || KL == 8 ? 16 : 32;  // those that lie together
   constexpr int KSPLIT = KD / KE;                           // lanes that share them
   constexpr int NKC = (D + 8 * KE - 1) / (8 * KE);          // chunks
   constexpr int KLB = KD * KL / 8;                          // bytes that lie together
@@ -28,7 +29,7 @@
   constexpr int NQ = 4 / VQ;                                // quads of a lane
   constexpr int VLW = VD * VL / 16;                         // words of a token pair
   constexpr int VLS = VD * VL / 2 < 16 ? VD * VL / 2 : 16;  // bytes of a load in decode_mma
-  constexpr int VLE = VE * VL / 16;                         // words of a token pair that are a lane's
+  constexpr int VLE = VT ? 1 : VE * VL / 16;                // words of a token pair that are a lane's
   constexpr int VHB = VH > 0 ? VD * VH / 2 : 4;             // bytes of a row and quad
   constexpr int VHP = VD * VH == 8 ? 1 : 2;                 // words of a lane, row and quad
   constexpr int SUB = 2 * D * (KB + VB);                    // bytes of a sub-block's codes
@@ -127,7 +128,8 @@
           const int j = e % (KE / 2);
           const int d = c * (8 * KE) + eighth / KSPLIT * KD + e / (KE / 2) * (KD / 2) + eighth % KSPLIT * (KE / 2) + j;
           q[n][c][e] = TQ_QUERY(d < D ? shared[n * D + (d < D ? d : 0)] : 0.0f);
-          sum[n] = fma(float(q[n][c][e]), -tq_key_offset<KL, KH>(j % (16 / KL)), sum[n]);
+          const float by = KT ? 0.0f : -tq_key_offset<KL, KH>(j % (16 / KL));
+          sum[n] = fma(float(q[n][c][e]), by, sum[n]);
         }
       }
       TQ_UNROLL
@@ -153,7 +155,8 @@
   const float level_b = numbers[3];
   const half2 level_a = as_type<half2>(tq_pack(numbers[4], numbers[4]));
   const half2 level_c = as_type<half2>(tq_pack(numbers[5], numbers[5]));
-  const float factor = numbers[0];
+  const half2 key_level_a = as_type<half2>(KT ? tq_pack(numbers[7], numbers[7]) : 0u);
+  const float factor = KT ? numbers[0] * numbers[6] : numbers[0];
   float acc[N][VE];
   float m[NH], l[NH], g[NH];
   threadgroup float* f = shared + (CENTRE ? sg * POOL + 16 * NW : 0);
@@ -185,35 +188,49 @@
     const device uchar* base = page + sub % NSB * SUB;
     uint kl[4][NKC][(KLS + 3) / 4];
     uint kh[4][NKC][(KHS + 3) / 4];
-    TQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    uint kt[NKC][KE / 8][4];
+    if (KT) {
       TQ_UNROLL
       for (int c = 0; c < NKC; ++c) {
-        const int dims = min(128, D - 128 * c);
-        const int part = eighth % KSPLIT;
-        const int from = eighth / KSPLIT * KD;
-        const int at = (group + 4 * i) * dims + (from < dims ? from : 0);
-        // Where the lanes that share KD dimensions load the same word, the second one shifts.
-        tq_load<KLS>(kl[i][c], base + c * 256 * KL + at * KL / 8 + (KLB > 4 ? part * KLS : 0));
-        if (KLB <= 4 && KSPLIT > 1) kl[i][c][0] >>= part * (KE / 2 * KL);
-        if (KH > 0) {
-          tq_load<KHS>(kh[i][c], base + 2 * D * KL + c * 256 * KH + at * KH / 8 + (KHB > 4 ? part * KHS : 0));
-          if (KHB <= 4 && KSPLIT > 1) kh[i][c][0] >>= part * (KE / 2 * KH);
-        } else {
-          kh[i][c][0] = 0;
+        const int d = c * (8 * KE) + eighth * KE;
+        tq_key_bits<D, KE, KB>(kt[c], base, group, d < D ? d : 0);
+      }
+    } else {
+      TQ_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        TQ_UNROLL
+        for (int c = 0; c < NKC; ++c) {
+          const int dims = min(128, D - 128 * c);
+          const int part = eighth % KSPLIT;
+          const int from = eighth / KSPLIT * KD;
+          const int at = (group + 4 * i) * dims + (from < dims ? from : 0);
+          // Where the lanes that share KD dimensions load the same word, the second one shifts.
+          tq_load<KLS>(kl[i][c], base + c * 256 * KL + at * KL / 8 + (KLB > 4 ? part * KLS : 0));
+          if (KLB <= 4 && KSPLIT > 1) kl[i][c][0] >>= part * (KE / 2 * KL);
+          if (KH > 0) {
+            tq_load<KHS>(kh[i][c], base + 2 * D * KL + c * 256 * KH + at * KH / 8 + (KHB > 4 ? part * KHS : 0));
+            if (KHB <= 4 && KSPLIT > 1) kh[i][c][0] >>= part * (KE / 2 * KH);
+          } else {
+            kh[i][c][0] = 0;
+          }
         }
       }
     }
     uint vl[NQ][2][VLE];
     uint vh[NQ][VHP];
+    uint vt[NQ][4];
     TQ_UNROLL
     for (int i = 0; i < NQ; ++i) {
-      TQ_UNROLL
-      for (int p = 0; p < 2; ++p) tq_load<VLE * 4>(vl[i][p], base + low_at + i * VQ * VLS + p * low_pair);
-      TQ_UNROLL
-      for (int p = 0; p < VHP; ++p) {
-        vh[i][p] = VH > 0 ? tq_load1(base + high_at + i * VQ * VHB + p * (VHB / VHP)) : 0;
-        if (VH == 1 && VSPLIT > 1) vh[i][p] >>= value_half * VE;
+      if (VT) {
+        tq_value_bits<D, VD, VB>(vt[i], base + 2 * D * KB, row * VSPLIT + value_half, value_quad + i * VQ);
+      } else {
+        TQ_UNROLL
+        for (int p = 0; p < 2; ++p) tq_load<VLE * 4>(vl[i][p], base + low_at + i * VQ * VLS + p * low_pair);
+        TQ_UNROLL
+        for (int p = 0; p < VHP; ++p) {
+          vh[i][p] = VH > 0 ? tq_load1(base + high_at + i * VQ * VHB + p * (VHB / VHP)) : 0;
+          if (VH == 1 && VSPLIT > 1) vh[i][p] >>= value_half * VE;
+        }
       }
     }
     uint scales = tq_load1(page + NSB * SUB + (sub % NSB * 16 + token_of_lane) * 4);
@@ -225,18 +242,44 @@
     for (int i = 0; i < 4; ++i) {
       TQ_UNROLL
       for (int n = 0; n < N; ++n) x[i][n] = 0.0f;
+    }
+    if (KT) {
       TQ_UNROLL
       for (int c = 0; c < NKC; ++c) {
         TQ_UNROLL
-        for (int j = 0; j < KE / 2; ++j) {
-          const uint pair = tq_pair<KL, KH, 0>(kl[i][c][j * KL / 16], j % (16 / KL),
-                                               kh[i][c][j * KH / 16], j * KH % 16, zero);
-          const float first = float(tq_low(pair));
-          const float second = float(tq_high(pair));
+        for (int k = 0; k < KE / 8; ++k) {
+          uint number[4];
+          tq_numbers<KT, KE>(number, kt[c][k][0], kt[c][k][3], kt[c][k][1]);
           TQ_UNROLL
-          for (int n = 0; n < N; ++n) {
-            x[i][n] = fma(float(q[n][c][j]), first, x[i][n]);
-            x[i][n] = fma(float(q[n][c][j + KE / 2]), second, x[i][n]);
+          for (int at = 0; at < 16; ++at) {
+            const uint pair = tq_trellis_pair<KH == 2>(number, kt[c][k][2], at, zero, key_level_a);
+            const float first = float(tq_low(pair));
+            const float second = float(tq_high(pair));
+            const int i = (32 * k + at) / KE;
+            TQ_UNROLL
+            for (int n = 0; n < N; ++n) {
+              x[i][n] = fma(float(q[n][c][at % KE]), first, x[i][n]);
+              x[i + 16 / KE][n] = fma(float(q[n][c][at % KE]), second, x[i + 16 / KE][n]);
+            }
+          }
+        }
+      }
+    } else {
+      TQ_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        TQ_UNROLL
+        for (int c = 0; c < NKC; ++c) {
+          TQ_UNROLL
+          for (int j = 0; j < KE / 2; ++j) {
+            const uint pair = tq_pair<KL, KH, 0>(kl[i][c][j * KL / 16], j % (16 / KL),
+                                                 kh[i][c][j * KH / 16], j * KH % 16, zero);
+            const float first = float(tq_low(pair));
+            const float second = float(tq_high(pair));
+            TQ_UNROLL
+            for (int n = 0; n < N; ++n) {
+              x[i][n] = fma(float(q[n][c][j]), first, x[i][n]);
+              x[i][n] = fma(float(q[n][c][j + KE / 2]), second, x[i][n]);
+            }
           }
         }
       }
@@ -337,13 +380,16 @@
         weight[4 * k + 2] = four.z;
         weight[4 * k + 3] = four.w;
       }
+      uint number[4];
+      if (VT) tq_numbers<VT, VE>(number, vt[i][0], vt[i][3], vt[i][1]);
       TQ_UNROLL
       for (int p = 0; p < 2; ++p) {
         TQ_UNROLL
         for (int e = 0; e < VE; ++e) {
           const int bit = VD * VH == 8 ? p * 8 + e : e * VH;
-          const uint pair = tq_value_pair<VL, VH>(vl[i][p][e * VL / 16], e % (16 / VL),
-                                                  vh[i][p % VHP], bit, zero, level_a, level_c);
+          const uint pair = VT ? tq_trellis_pair<VH == 2>(number, vt[i][2], p * VE + e, zero, level_a)
+                               : tq_value_pair<VL, VH>(vl[i][p][e * VL / 16], e % (16 / VL),
+                                                       vh[i][p % VHP], bit, zero, level_a, level_c);
           const float first = float(tq_low(pair));
           const float second = float(tq_high(pair));
           TQ_UNROLL

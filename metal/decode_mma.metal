@@ -15,19 +15,22 @@
   // the last of these tokens
   // signs [D] float, or [HKV, D] where CENTRE: divided by smoothing
   // shape int: H, HKV, L, head_dim, max_blocks, column groups, window (0: none)
-  // numbers float: factor of the logits, softcap, sparse_v, b, a/b, c/b of the value levels
+  // numbers float: factor of the logits, softcap, sparse_v; b, a/b, c/b of the value levels; and of
+  // the levels of trellis keys b, a/b
   // means [HKV, D / 2, 2] float: mu of each pair; turns uint: elements and steps of the pairs, tables
   // (centre.h); both are not read where CENTRE is 0
   // partial [B, H, L, splits, D + 2 + CENTRE] float: sum of weight * value, then maximum (base 2) and
   // sum, and where CENTRE the sum of the weights of values whose mean was left out
-  // Template: T, D, M, BS, planes KL, KH, VL, VH, N, NSG, NB, SOFTCAP, SPARSE, CENTRE, S (tokens of a
-  // window of centre.h).
+  // Template: T, D, M, BS, planes KL, KH, VL, VH, taps KT, VT (trellis.h; 0: scalar codes), N, NSG,
+  // NB, SOFTCAP, SPARSE, CENTRE, S (tokens of a window of centre.h).
   constexpr int KB = KL + KH;
   constexpr int VB = VL + VH;
   constexpr int KD = (D <= 64 || KL == 8) ? 16 : 32;        // key dimensions of a lane, per chunk
   constexpr int NKC = (D + 4 * KD - 1) / (4 * KD);          // chunks
-  constexpr int KLW = KD * KL / 32;                         // words of a lane, token and chunk
-  constexpr int KHB = KH > 0 ? KD * KH / 8 : 4;             // bytes of the high plane
+  constexpr int KLB = KD * KL / 8;                          // bytes of a lane, token and chunk
+  constexpr int KHN = KT ? KH : 1;                          // high planes
+  constexpr int KHP = KH / KHN;                             // bits of each
+  constexpr int KHB = KH > 0 ? KD * KHP / 8 : 4;
   constexpr int KHW = (KHB + 3) / 4;
   constexpr int NPAIR = NKC * KD / 2;                       // key pairs of a lane and token
   constexpr int VD = D <= 64 ? 8 : 16;                      // value dimensions of a lane, per unit
@@ -35,7 +38,12 @@
   constexpr int VLB = VD * VL / 2;                          // bytes of a lane and unit
   constexpr int VLN = (VLB + 15) / 16;                      // loads
   constexpr int VLS = VLB < 16 ? VLB : 16;                  // bytes of a load
-  constexpr int VHB = VH > 0 ? VD * VH / 2 : 4;
+  constexpr int VHN = VT ? VH : 1;
+  constexpr int VHP = VH / VHN;
+  constexpr int VHB = VH > 0 ? VD * VHP / 2 : 4;
+  constexpr int VHW = (VHB + 3) / 4;
+  constexpr int KTW = KD / 16;                              // words of a trellis plane: of two tokens,
+  constexpr int VTW = VD / 8;                               // of two token pairs
   constexpr int SUB = 2 * D * (KB + VB);                    // bytes of a sub-block's codes
   constexpr int NSB = BS / 16;
   constexpr int PAGE = NSB * SUB + 4 * BS;
@@ -133,7 +141,7 @@
   const int n1 = min(2 * quad + 1, N - 1);
   float offset0 = 0.0f, offset1 = 0.0f;
   for (int d = row; d < D; d += 8) {
-    const float by = -tq_key_offset<KL, KH>(d % (KD / 2) % (16 / KL));
+    const float by = KT ? 0.0f : -tq_key_offset<KL, KH>(d % (KD / 2) % (16 / KL));
     offset0 = fma(float(half(shared[n0 * D + d])), by, offset0);
     offset1 = fma(float(half(shared[n1 * D + d])), by, offset1);
   }
@@ -155,7 +163,11 @@
   const float level_b = numbers[3];
   const half2 level_a = as_type<half2>(tq_pack(numbers[4], numbers[4]));
   const half2 level_c = as_type<half2>(tq_pack(numbers[5], numbers[5]));
-  const float factor = numbers[0];
+  const half2 key_level_a = as_type<half2>(KT ? tq_pack(numbers[7], numbers[7]) : 0u);
+  const float factor = KT ? numbers[0] * numbers[6] : numbers[0];
+  // The lanes that hold the elements before this one's; those before the first are the last.
+  const ushort before_quad = ushort(TQ_LANE(row, (quad + 3) & 3));
+  const ushort before_row = ushort(TQ_LANE((row + 7) & 7, quad));
   float4 acc[NT];
   TQ_UNROLL
   for (int j = 0; j < NT; ++j) {
@@ -190,11 +202,11 @@
         passed = 0;
       }
     }
-    // Load.
-    uint kl[NB][NKC][2][KLW];
-    uint kh[NB][NKC][2][KHW];
+    // Load. Lanes without dimensions take the last ones, which a trellis needs before the first.
+    uint kl[NB][NKC][2][(KLB + 3) / 4];
+    uint kh[NB][NKC][KHN][2][KHW];
     uint vl[NB][NU][VLN][(VLS + 3) / 4];
-    uint vh[NB][NU][(VHB + 3) / 4];
+    uint vh[NB][NU][VHN][VHW];
     uint scales[NB][2];
     TQ_UNROLL
     for (int b = 0; b < NB; ++b) {
@@ -207,27 +219,32 @@
         const int unit = c / PER;
         const int dims = min(128, D - 128 * unit);
         const bool there = c % PER * 4 + quad < dims / KD;
-        const int quarter = there ? quad : 0;
-        const int chunk = there ? c % PER * 4 : 0;
-        const device uchar* low = base + row * (dims * KL / 8) + (chunk + quarter) * (KD * KL / 8);
-        const device uchar* high = base + row * (dims * KH / 8) + (chunk + quarter) * (KD * KH / 8);
+        const int mine = there ? c % PER * 4 + quad : dims / KD - 1;
+        const device uchar* low = base + row * (dims * KL / 8) + mine * KLB;
+        const device uchar* high = base + row * (dims * KHP / 8) + mine * KHB;
         TQ_UNROLL
         for (int t = 0; t < 2; ++t) {
-          tq_load<KLW * 4>(kl[b][c][t], low + (unit * 256 * KL + t * dims * KL));
-          if (KH > 0) tq_load<KHB>(kh[b][c][t], high + (2 * D * KL + unit * 256 * KH + t * dims * KH));
-          else kh[b][c][t][0] = 0;
+          tq_load<KLB>(kl[b][c][t], low + (unit * 256 * KL + t * dims * KL));
+          TQ_UNROLL
+          for (int i = 0; i < KHN; ++i) {
+            if (KH > 0) tq_load<KHB>(kh[b][c][i][t], high + (2 * D * (KL + i * KHP) + unit * 256 * KHP + t * dims * KHP));
+            else kh[b][c][i][t][0] = 0;
+          }
         }
       }
       TQ_UNROLL
       for (int u = 0; u < NU; ++u) {
         const int rows = min(128, D - 128 * u) / VD;
-        const int mine = (row < rows ? row : 0) * 4 + quad;
+        const int mine = (row < rows ? row : rows - 1) * 4 + quad;
         const device uchar* low = base + mine * VLS;
         const device uchar* high = base + mine * VHB;
         TQ_UNROLL
         for (int i = 0; i < VLN; ++i) tq_load<VLS>(vl[b][u][i], low + (2 * D * KB + u * 256 * VL + i * rows * 4 * VLS));
-        if (VH > 0) tq_load<VHB>(vh[b][u], high + (2 * D * (KB + VL) + u * 256 * VH));
-        else vh[b][u][0] = 0;
+        TQ_UNROLL
+        for (int i = 0; i < VHN; ++i) {
+          if (VH > 0) tq_load<VHB>(vh[b][u][i], high + (2 * D * (KB + VL + i * VHP) + u * 256 * VHP));
+          else vh[b][u][i][0] = 0;
+        }
       }
       const device uchar* mine = page + (sub % NSB * 16 + row) * 4;
       TQ_UNROLL
@@ -248,22 +265,54 @@
       s[b].z = offset0;
       s[b].w = offset1;
     }
-    TQ_UNROLL
-    for (int p = 0; p < NPAIR; p += 2) {
+    if (KT) {
       TQ_UNROLL
       for (int b = 0; b < NB; ++b) {
-        uint a[2][2];
         TQ_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int c = (p + i) / (KD / 2);
-          const int j = (p + i) % (KD / 2);
+        for (int c = 0; c < NKC; ++c) {
+          uint number[KTW][4];
           TQ_UNROLL
-          for (int t = 0; t < 2; ++t) {
-            a[i][t] = tq_pair<KL, KH, 0>(kl[b][c][t][j * KL / 16], j % (16 / KL),
-                                         kh[b][c][t][j * KH / 16], j * KH % 16, zero);
+          for (int t = 0; t < KTW; ++t) {
+            const uint mine = tq_tokens<KTW>(kl[b][c], t);
+            const uint wrapped = tq_tokens<KTW>(kl[b][(c + NKC - 1) % NKC], t);
+            const uint before = simd_shuffle(quad == 3 ? wrapped : mine, before_quad);
+            const uint u = tq_tokens<KTW>(kh[b][c][0], t);
+            if (KTW == 2) tq_numbers<KT, 32>(number[t], mine, before, u);
+            else tq_numbers<KT, 8>(number[t], mine, before >> 16 | mine << 16, u);
+          }
+          TQ_UNROLL
+          for (int j = 0; j < KD / 2; j += 2) {
+            uint a[2][2];
+            TQ_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              TQ_UNROLL
+              for (int t = 0; t < 2; ++t) {
+                const uint fifth = tq_tokens<KTW>(kh[b][c][KHN - 1], t % KTW);
+                a[i][t] = tq_trellis_pair<KH == 2>(number[t % KTW], fifth, t / KTW * 8 + j + i, zero, key_level_a);
+              }
+            }
+            tq_matrix(s[b], a[0][0], a[0][1], a[1][0], a[1][1], qf[(c * (KD / 2) + j) / 2]);
           }
         }
-        tq_matrix(s[b], a[0][0], a[0][1], a[1][0], a[1][1], qf[p / 2]);
+      }
+    } else {
+      TQ_UNROLL
+      for (int p = 0; p < NPAIR; p += 2) {
+        TQ_UNROLL
+        for (int b = 0; b < NB; ++b) {
+          uint a[2][2];
+          TQ_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int c = (p + i) / (KD / 2);
+            const int j = (p + i) % (KD / 2);
+            TQ_UNROLL
+            for (int t = 0; t < 2; ++t) {
+              a[i][t] = tq_pair<KL, KH, 0>(kl[b][c][t][j * KL / 16], j % (16 / KL),
+                                           kh[b][c][0][t][j * KH / 16 % KHW], j * KH % 16, zero);
+            }
+          }
+          tq_matrix(s[b], a[0][0], a[0][1], a[1][0], a[1][1], qf[p / 2]);
+        }
       }
     }
     TQ_UNROLL
@@ -377,23 +426,50 @@
       uint2 weights;
       weights.x = tq_as_b(tq_pack(w.x * v0, w.y * v0));
       weights.y = tq_as_b(tq_pack(w.z * v1, w.w * v1));
-      TQ_UNROLL
-      for (int u = 0; u < NU; ++u) {
+      if (VT) {
         TQ_UNROLL
-        for (int j = 0; j < VD; j += 2) {
-          uint a[2][2];
+        for (int u = 0; u < NU; ++u) {
+          uint number[VTW][4];
           TQ_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            TQ_UNROLL
-            for (int p = 0; p < 2; ++p) {
-              const int word = (p * VD + j + i) * VL / 16;
-              const int bit = VD * VH == 8 ? p * 8 + j + i : (j + i) * VH % 16;
-              const int high = VD * VH == 8 ? 0 : (p * VD + j + i) * VH / 16;
-              a[p][i] = tq_value_pair<VL, VH>(vl[b][u][word / 4][word % 4], (j + i) % (16 / VL),
-                                              vh[b][u][high], bit, zero, level_a, level_c);
-            }
+          for (int p = 0; p < VTW; ++p) {
+            const uint mine = vl[b][u][0][p];
+            const uint wrapped = vl[b][(u + NU - 1) % NU][0][p];
+            const uint before = simd_shuffle(row == 7 ? wrapped : mine, before_row);
+            tq_numbers<VT, VD>(number[p], mine, before, vh[b][u][0][p % VHW]);
           }
-          tq_matrix(acc[u * (VD / 2) + j / 2], a[0][0], a[0][1], a[1][0], a[1][1], weights);
+          TQ_UNROLL
+          for (int j = 0; j < VD; j += 2) {
+            uint a[2][2];
+            TQ_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              TQ_UNROLL
+              for (int p = 0; p < 2; ++p) {
+                const uint fifth = vh[b][u][VHN - 1][p % VTW % VHW];
+                a[p][i] = tq_trellis_pair<VH == 2>(number[p % VTW], fifth, p / VTW * 8 + j + i, zero, level_a);
+              }
+            }
+            tq_matrix(acc[u * (VD / 2) + j / 2], a[0][0], a[0][1], a[1][0], a[1][1], weights);
+          }
+        }
+      } else {
+        TQ_UNROLL
+        for (int u = 0; u < NU; ++u) {
+          TQ_UNROLL
+          for (int j = 0; j < VD; j += 2) {
+            uint a[2][2];
+            TQ_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              TQ_UNROLL
+              for (int p = 0; p < 2; ++p) {
+                const int word = (p * VD + j + i) * VL / 16;
+                const int bit = VD * VH == 8 ? p * 8 + j + i : (j + i) * VH % 16;
+                const int high = VD * VH == 8 ? 0 : (p * VD + j + i) * VH / 16 % VHW;
+                a[p][i] = tq_value_pair<VL, VH>(vl[b][u][word / 4][word % 4], (j + i) % (16 / VL),
+                                                vh[b][u][0][high], bit, zero, level_a, level_c);
+              }
+            }
+            tq_matrix(acc[u * (VD / 2) + j / 2], a[0][0], a[0][1], a[1][0], a[1][1], weights);
+          }
         }
       }
     }

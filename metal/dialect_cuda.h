@@ -23,7 +23,10 @@ typedef unsigned int uint;
 #define TQ_UNKNOWN_ZERO(x) (uint(x) >> 31)
 
 TQ_FN float simd_shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+TQ_FN uint simd_shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+TQ_FN half2 simd_shuffle_xor(half2 x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 TQ_FN float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
+TQ_FN uint simd_shuffle(uint x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
 TQ_FN bool simd_any(bool p) { return __any_sync(0xffffffffu, p); }
 
 namespace fast {
@@ -37,6 +40,10 @@ TQ_FN float exp2(float x) {
 template <class T, class S> TQ_FN T as_type(S s) { return *reinterpret_cast<T*>(&s); }
 TQ_FN half2 fma(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
 TQ_FN half2 abs(half2 a) { return __habs2(a); }
+TQ_FN uint reverse_bits(uint x) { return __brev(x); }
+TQ_FN half2 min(half2 a, half2 b) { return __hmin2(a, b); }
+// All bits of each half where a is less than b, else none.
+TQ_FN uint tq_less(half2 a, half2 b) { return __hlt2_mask(a, b); }
 
 // Start to bring bytes, a multiple of 16, into the second cache.
 TQ_FN void tq_prefetch(const uchar* p, int bytes) {
@@ -73,6 +80,7 @@ TQ_FN uint tq_pack(float a, float b) { return as_type<uint>(__floats2half2_rn(a,
 
 #define TQ_ROW(lane) ((lane) >> 2)
 #define TQ_QUAD(lane) ((lane) & 3)
+#define TQ_LANE(row, quad) ((row) << 2 | (quad))
 #define TQ_ROW_BITS {4, 8, 16}
 #define TQ_B_STEP(row, quad, e) (2 * (quad) + (e))
 #define TQ_B_COLUMN(row, quad, e) (row)

@@ -30,6 +30,8 @@ inline uint tq_pack(float a, float b) { return as_type<uint>(half2(half(a), half
 // own kernels rely on, bits 4 2 1 for the row and 3 0 for the pair.
 #define TQ_ROW(lane) ((((lane) >> 2) & 4) | (((lane) >> 1) & 3))
 #define TQ_QUAD(lane) ((((lane) >> 2) & 2) | ((lane) & 1))
+// The lane of a row and quad.
+#define TQ_LANE(row, quad) ((((row) & 4) << 2) | (((row) & 3) << 1) | (((quad) & 2) << 2) | ((quad) & 1))
 // Lane masks that step through the rows.
 #define TQ_ROW_BITS {2, 4, 16}
 // Row (of 8 steps) and column of element e of a lane's B matrix.
@@ -86,6 +88,7 @@ inline void tq_exact_matrix(thread float4& c, const device uint* a, uint2 b0, ui
   c = float4(top, bottom);
 }
 
+inline uint tq_less(half2 a, half2 b) { return as_type<uint>(select(ushort2(0), ushort2(0xffff), a < b)); }
 inline half2 tq_saturated_fma(half2 a, half2 b, half2 c) { return clamp(fma(a, b, c), half2(0.0f), half2(1.0f)); }
 inline float tq_inverse(float x) { return fast::divide(1.0f, x); }
 // The integer nearest to x * N, x limited to 0 and 1, for N up to 2^22.

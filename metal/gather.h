@@ -1,12 +1,26 @@
 // What gather does for eight dimensions of a token.
+#include "trellis.h"
 
-// The codes of dimensions d to d + 7 (d a multiple of 8), from a plane of LOW bits and one of HIGH
-// bits (0: no such plane). low and high: offsets in the page of the bytes of a plane.
-template <int LOW, int HIGH>
-TQ_FN void tq_eight_codes(thread uint (&codes)[8], const device uchar* page, const device uint* low, const device uint* high, int d) {
+// The numbers of the levels of dimensions d to d + 7 (d a multiple of 8), from a plane of LOW bits
+// and one of HIGH bits (0: no such plane); of a trellis code, with TAPS, from that of c and HIGH
+// planes of a bit, each D / 8 bytes on. low and high: offsets in the page of the bytes of a plane.
+template <int LOW, int HIGH, int TAPS, int D>
+TQ_FN void tq_eight_numbers(thread uint (&numbers)[8], const device uchar* page, const device uint* low, const device uint* high, int d) {
   if (LOW == 8) {
     TQ_UNROLL
-    for (int e = 0; e < 8; ++e) codes[e] = page[low[d + e]];
+    for (int e = 0; e < 8; ++e) numbers[e] = page[low[d + e]];
+  } else if (TAPS) {
+    const uint before = page[low[(d > 0 ? d : D) / 8 - 1]];  // the last byte is before the first
+    uint z[3];
+    tq_parities<TAPS, 32>(z, page[low[d / 8]], before << 24);
+    TQ_UNROLL
+    for (int e = 0; e < 8; ++e) numbers[e] = (z[0] >> e & 1) | (z[1] >> e & 1) << 1 | (z[2] >> e & 1) << 2;
+    TQ_UNROLL
+    for (int i = 0; i < HIGH; ++i) {
+      const uint u = page[high[d / 8 + i * (D / 8)]];
+      TQ_UNROLL
+      for (int e = 0; e < 8; ++e) numbers[e] |= (u >> e & 1) << (3 + i);
+    }
   } else {
     uint a = 0, b = 0;
     TQ_UNROLL
@@ -16,7 +30,7 @@ TQ_FN void tq_eight_codes(thread uint (&codes)[8], const device uchar* page, con
     TQ_UNROLL
     for (int e = 0; e < 8; ++e) {
       const uint high_bits = b >> (HIGH * e) & ((1u << HIGH) - 1);
-      codes[e] = (a >> (LOW * e % 32) & ((1u << LOW) - 1)) | high_bits << LOW;
+      numbers[e] = (a >> (LOW * e % 32) & ((1u << LOW) - 1)) | high_bits << LOW;
     }
   }
 }

@@ -6,7 +6,7 @@
   // block_table  int32 (blocks of the sequence)
   // num_tokens   int32 (2): tokens, and slots of each head in what is written
   // offsets      uint32 (BLOCK, ROW): where in its page each byte of a row lies
-  // levels       float (2^K bits + 2^V bits): of the key codes, then of the value codes
+  // levels       float (K_LEVELS + those of values): of keys, then of values
   // keys, values T (KV heads, slots, D); zeros beyond the tokens
   const bool of_value = threadgroup_position_in_grid.z == 1;
   const int heads = threadgroups_per_grid.y;
@@ -25,12 +25,13 @@
   const size_t page_number = size_t(block_table[token / BLOCK]) * heads + head;
   const device uchar* page = pages + page_number * PAGE;
   const device uint* row = offsets + token % BLOCK * ROW;
-  uint codes[8];
-  if (of_value) tq_eight_codes<V_LOW, V_HIGH>(codes, page, row + V_LOW_AT, row + V_HIGH_AT, d);
-  else tq_eight_codes<K_LOW, K_HIGH>(codes, page, row + K_LOW_AT, row + K_HIGH_AT, d);
+  uint numbers[8];
+  if (of_value) tq_eight_numbers<V_LOW, V_HIGH, V_TAPS, D>(numbers, page, row + V_LOW_AT, row + V_HIGH_AT, d);
+  else tq_eight_numbers<K_LOW, K_HIGH, K_TAPS, D>(numbers, page, row + K_LOW_AT, row + K_HIGH_AT, d);
   // The sign is a flag, see vllm_metal_tq/centre.py.
   const float scale = fabs(float(tq_low(tq_load_half(page + row[SCALES_AT + (of_value ? 2 : 0)]))));
-  const int first_level = of_value ? 1 << (K_LOW + K_HIGH) : 0;
+  constexpr int K_LEVELS = 1 << (K_LOW + K_HIGH + (K_TAPS ? 2 : 0));
+  const int first_level = of_value ? K_LEVELS : 0;
   TQ_UNROLL
-  for (int e = 0; e < 8; ++e) x[e] = scale * levels[first_level + int(codes[e])];
+  for (int e = 0; e < 8; ++e) x[e] = scale * levels[first_level + int(numbers[e])];
   tq_store8(slot, x);

@@ -2,18 +2,20 @@ import mlx.core as mx
 import pytest
 from models import llama, tokens
 
-from vllm_metal_tq import TurboQuantConfig, budget
+from vllm_metal_tq import TurboQuantConfig, budget, safetensors
 from vllm_metal_tq.evaluate import compressed
 from vllm_metal_tq.integrations.mlx_lm import calibrate
+from vllm_metal_tq.layout import PLANE_BITS, PageLayout
 from vllm_metal_tq.sweep import measure
 
 
 def widths(config, layers):
-    return [(own.k_bits, own.v_bits) for own in map(config.for_layer, range(layers))]
+    return [(own.k_width, own.v_width) for own in map(config.for_layer, range(layers))]
 
 
 def average(config, layers, head_dim=64):
-    return sum(sum(w) for w in widths(config, layers)) / (2 * layers) + 16 / head_dim
+    own = [PageLayout(config.for_layer(layer), head_dim) for layer in range(layers)]
+    return sum(layout.bits_per_element for layout in own) / layers
 
 
 def test_layers_that_matter_alike_get_the_same():
@@ -21,12 +23,17 @@ def test_layers_that_matter_alike_get_the_same():
     assert widths(config, 4) == [(4, 4)] * 4
 
 
+@pytest.mark.parametrize(("bits", "label"), [(2.25, "tq2"), (3.25, "tq3")])
+def test_of_few_bits_codes_are_trellis_codes(bits, label):
+    assert budget.assign([(1.0, 1.0)], bits, [64]).for_layer(0).label == label
+
+
 def test_what_matters_more_gets_more_bits():
     found = [(1.0, 1.0), (64.0, 1.0), (1.0, 1.0), (1.0, 1 / 64)]
     config = budget.assign(found, 4.25, [64] * 4)
-    got = widths(config, 4)
+    got = [[sum(PLANE_BITS[width]) for width in pair] for pair in widths(config, 4)]
     assert got[1][0] > got[0][0] > got[3][1]
-    assert got[0] == got[2]
+    assert got[0][0] == got[2][0]
 
 
 @pytest.mark.parametrize("bits", [2.25, 2.5, 3.0, 3.5, 4.0, 5.7, 8.25, 20.0])
@@ -83,6 +90,8 @@ def test_widths_are_kept_in_the_file(tmp_path):
     measured.save(tmp_path / "c.safetensors")
     loaded = calibration.load(tmp_path / "c.safetensors", model)
     assert loaded.config == config
+    _, metadata = safetensors.read(tmp_path / "c.safetensors")
+    assert "tq" not in metadata["widths"]  # what presets stand for may change
     caches = make_prompt_cache(model, calibration=loaded)
     assert [c.layout.config for c in caches] == [config.for_layer(i) for i in range(3)]
     assert mx.array_equal(caches[2].sequences.centre.mu, measured.centres[2].mu)

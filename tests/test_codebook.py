@@ -4,21 +4,21 @@ import pytest
 from lloyd_max import distortion, lloyd_max
 
 from vllm_metal_tq.codebook import CELL_TERMS, key_codebook, value_codebook
-from vllm_metal_tq.config import WIDTHS
+from vllm_metal_tq.config import SCALAR_WIDTHS, WIDTHS
 
 
 def levels(codebook):
     return np.array(codebook.levels(mx.arange(2**codebook.bits).astype(mx.uint8)), np.float64)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", SCALAR_WIDTHS)
 def test_value_levels_are_within_2_1_percent_of_lloyd_max(bits):
     assert distortion(levels(value_codebook(bits))) < 1.021 * distortion(lloyd_max(bits))
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_value_levels_are_half_floats_but_for_one_factor(bits):
-    codebook = value_codebook(bits)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_value_levels_are_half_floats_but_for_one_factor(width):
+    codebook = value_codebook(width)
     halves = levels(codebook).astype(np.float32) / np.float32(codebook.coefficients[0])
     assert np.abs(halves - halves.astype(np.float16)).max() < 1e-6
 
@@ -33,8 +33,8 @@ def test_the_oracle_agrees_with_published_distortions():
 @pytest.mark.parametrize(
     ("codebook_of", "bits", "cells"),
     [
-        *((key_codebook, bits, 0.0) for bits in WIDTHS),
-        *((value_codebook, bits, 0.01) for bits in WIDTHS[:-1]),
+        *((key_codebook, bits, 0.0) for bits in SCALAR_WIDTHS),
+        *((value_codebook, bits, 0.01) for bits in SCALAR_WIDTHS[:-1]),
         (value_codebook, 8, 0.05),
     ],
 )
@@ -52,7 +52,7 @@ def test_codes_are_the_nearest_levels(codebook_of, bits, cells):
     assert (np.abs(tie) <= 2 * cells * size + 1e-5).all()
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", SCALAR_WIDTHS)
 def test_cells_of_kernels_are_the_codes(bits):
     """Beyond the last boundary too, as far as the largest element of a vector may lie."""
     codebook = value_codebook(bits)
@@ -66,15 +66,15 @@ def test_cells_of_kernels_are_the_codes(bits):
     assert np.array_equal(codes[~off], found[~off])
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("codebook_of", [key_codebook, value_codebook])
-def test_levels_rise_and_are_symmetric(codebook_of, bits):
-    x = levels(codebook_of(bits))
+def test_levels_rise_and_are_symmetric(codebook_of, width):
+    x = levels(codebook_of(width))
     assert (np.diff(x) > 0).all()
     assert np.allclose(x, -x[::-1])
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", SCALAR_WIDTHS)
 @pytest.mark.parametrize("codebook_of", [key_codebook, value_codebook])
 def test_the_codes_of_levels_are_themselves(codebook_of, bits):
     codebook = codebook_of(bits)

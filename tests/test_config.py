@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from vllm_metal_tq.config import BLOCK_SIZES, WIDTHS, TurboQuantConfig
+from vllm_metal_tq.config import BLOCK_SIZES, SCALAR_WIDTHS, T2, T3, WIDTHS, TurboQuantConfig
 from vllm_metal_tq.layout import SUB_BLOCK
 
 VLLM_METAL_KEYS = ["q8_0", "q5_0", "q4_0", "int8", "uint8", "int4", "uint4", "int2", "uint2"]
@@ -13,18 +15,18 @@ def test_the_default_is_tq4():
 
 @pytest.mark.parametrize(
     ("preset", "widths"),
-    [("tq8", (8, 6)), ("tq6", (6, 5)), ("tq4", (4, 4)), ("tq3", (3, 3)), ("tq2", (2, 2))],
+    [("tq8", (8, 6)), ("tq6", (6, 5)), ("tq4", (4, 4)), ("tq3", (T3, T3)), ("tq2", (T2, T2))],
 )
 def test_presets_name_widths(preset, widths):
     config = TurboQuantConfig.from_names(preset)
-    assert (config.k_bits, config.v_bits) == widths
+    assert (config.k_width, config.v_width) == widths
     assert config.preset == config.label == preset
 
 
 @pytest.mark.parametrize("name", VLLM_METAL_KEYS)
 def test_vllm_metal_key_names_are_accepted(name):
     config = TurboQuantConfig.from_names(k_quant=name)
-    assert config.k_bits == int("".join(c for c in name.split("_")[0] if c.isdigit()))
+    assert config.k_width == int("".join(c for c in name.split("_")[0] if c.isdigit()))
 
 
 @pytest.mark.parametrize("name", VLLM_METAL_VALUES)
@@ -32,11 +34,22 @@ def test_vllm_metal_value_names_are_accepted(name):
     assert TurboQuantConfig.from_names(v_quant=name).v_quant == name
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_every_width_has_a_name_for_keys_and_values(bits):
-    name = f"q{bits}_0"
+NAMES = {T2: "t2", T3: "t3"} | {bits: f"q{bits}_0" for bits in SCALAR_WIDTHS}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_has_a_name_for_keys_and_values(width):
+    name = NAMES[width]
     config = TurboQuantConfig.from_names(k_quant=name, v_quant=name)
+    assert config == TurboQuantConfig(width, width)
     assert (config.k_quant, config.v_quant) == (name, name)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scalar_codes_of_as_many_bits_as_a_preset_are_not_the_preset(bits):
+    config = TurboQuantConfig(bits, bits)
+    assert config.preset is None
+    assert config.label == f"q{bits}_0/q{bits}_0"
 
 
 def test_widths_take_precedence_over_the_preset_each_for_its_half():
@@ -64,11 +77,12 @@ def test_an_unknown_name_is_refused_with_what_is_allowed(names, given, allowed):
     assert allowed in str(error.value)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 7, 9, -4])
+@pytest.mark.parametrize("bits", [0, 1, 7, 9, 16, 17, 20, -4])
 def test_an_unknown_width_is_refused(bits):
-    with pytest.raises(ValueError, match="allowed are 2, 3, 4, 5, 6, 8"):
+    allowed = re.escape("allowed are 2, 3, 4, 5, 6, 8, T2 (18), T3 (19)") + "$"
+    with pytest.raises(ValueError, match=f"k_width {bits} is unknown: {allowed}"):
         TurboQuantConfig(bits, 4)
-    with pytest.raises(ValueError, match="allowed are 2, 3, 4, 5, 6, 8"):
+    with pytest.raises(ValueError, match=f"v_width {bits} is unknown: {allowed}"):
         TurboQuantConfig(4, bits)
 
 
@@ -85,9 +99,10 @@ class TestLayers:
         assert config.for_layer(29) == TurboQuantConfig(8, 6)
 
     def test_names_come_back(self):
-        config = TurboQuantConfig.from_names(layers="0-1=tq8,29=q8_0/q3_0")
-        assert config.layers == "0-1=tq8,29=q8_0/q3_0"
-        assert config.label == "tq4,0-1=tq8,29=q8_0/q3_0"
+        names = "0-1=tq8,2=tq3,28=q8_0/t2,29=q8_0/q3_0"
+        config = TurboQuantConfig.from_names(layers=names)
+        assert config.layers == names
+        assert config.label == f"tq4,{names}"
         assert TurboQuantConfig.from_names(layers=config.layers) == config
         assert TurboQuantConfig.from_names().layers == ""
 

@@ -46,10 +46,10 @@ def both(config, head_dim, past_length, *, sinks=None, dtype=mx.float32, centre=
     return tuple(np.array(x.astype(mx.float32)) for x in (expected, got))
 
 
-@pytest.mark.parametrize("k_bits", WIDTHS)
-@pytest.mark.parametrize("v_bits", WIDTHS)
-def test_every_width_gives_what_decompressing_gives(k_bits, v_bits):
-    expected, got = both(TurboQuantConfig(k_bits, v_bits), 64, 50)
+@pytest.mark.parametrize("k_width", WIDTHS)
+@pytest.mark.parametrize("v_width", WIDTHS)
+def test_every_width_gives_what_decompressing_gives(k_width, v_width):
+    expected, got = both(TurboQuantConfig(k_width, v_width), 64, 50)
     assert np.abs(got - expected).max() < 1e-5
 
 

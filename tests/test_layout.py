@@ -3,31 +3,38 @@ import itertools
 import numpy as np
 import pytest
 
-from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, WIDTHS, TurboQuantConfig
+from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, T2, T3, WIDTHS, TurboQuantConfig
 from vllm_metal_tq.layout import PLANE_BITS, SUB_BLOCK, PageLayout
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
+BITS = {T2: 2, T3: 3}  # of a trellis code; a scalar code's width is its bits
 
 
-def layout(k_bits=4, v_bits=4, head_dim=128, block_size=16):
-    return PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim)
+def layout(k_width=4, v_width=4, head_dim=128, block_size=16):
+    return PageLayout(TurboQuantConfig(k_width, v_width, block_size), head_dim)
 
 
 @pytest.mark.parametrize(
-    ("preset", "at_64", "at_128"), [("tq8", 116, 228), ("tq6", 92, 180), ("tq4", 68, 132)]
+    ("preset", "row_bytes"),
+    [
+        ("tq8", (116, 228, 452)),
+        ("tq6", (92, 180, 356)),
+        ("tq4", (68, 132, 260)),
+        ("tq3", (52, 100, 196)),
+        ("tq2", (36, 68, 132)),
+    ],
 )
-def test_bytes_per_token_and_kv_head(preset, at_64, at_128):
+def test_bytes_per_token_and_kv_head(preset, row_bytes):
     config = TurboQuantConfig(*PRESETS[preset])
-    assert PageLayout(config, 64).row_bytes == at_64
-    assert PageLayout(config, 128).row_bytes == at_128
+    assert tuple(PageLayout(config, dim).row_bytes for dim in (64, 128, 256)) == row_bytes
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_a_row_is_its_codes_and_two_fp16_scales(bits, head_dim):
-    dim = {80: 96}.get(head_dim, head_dim)
-    assert layout(bits, 2, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
-    assert layout(2, bits, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_row_is_its_codes_and_two_fp16_scales(width, head_dim):
+    dim, bits = {80: 96}.get(head_dim, head_dim), BITS.get(width, width)
+    assert layout(width, 2, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
+    assert layout(2, width, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -43,15 +50,15 @@ def test_llama_3_2_1b_holds_99280_tokens_where_bf16_held_38768():
 
 
 def test_planes_add_up_to_the_width():
-    assert all(sum(planes) == bits for bits, planes in PLANE_BITS.items())
+    assert all(sum(planes) == BITS.get(width, width) for width, planes in PLANE_BITS.items())
     assert tuple(PLANE_BITS) == WIDTHS
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_every_page_byte_belongs_to_one_byte_of_one_token(bits, head_dim, block_size):
-    page = layout(bits, bits, head_dim, block_size)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_page_byte_belongs_to_one_byte_of_one_token(width, head_dim, block_size):
+    page = layout(width, width, head_dim, block_size)
     assert page.byte_offsets.shape == (block_size, page.row_bytes)
     assert np.array_equal(np.sort(page.byte_offsets, axis=None), np.arange(page.page_bytes))
 
@@ -85,11 +92,11 @@ def test_a_lane_finds_two_neighbouring_tokens_of_values_in_the_halves_of_a_word(
     assert values[0, 8] == 64  # the next 16 dimensions: four lanes on
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_pages_are_multiples_of_64_bytes(bits, head_dim):
-    assert layout(bits, 2, head_dim, block_size=16).page_bytes % 64 == 0
-    assert layout(2, bits, head_dim, block_size=32).page_bytes % 128 == 0
+def test_pages_are_multiples_of_64_bytes(width, head_dim):
+    assert layout(width, 2, head_dim, block_size=16).page_bytes % 64 == 0
+    assert layout(2, width, head_dim, block_size=32).page_bytes % 128 == 0
 
 
 def test_bits_per_element_count_the_scales():

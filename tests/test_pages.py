@@ -15,8 +15,8 @@ from vllm_metal_tq.pages import GROWTH_TOKENS, BlockTable, OutOfBlocks, PagePool
 HEADS = 2
 
 
-def pool(block_size=16, k_bits=4, v_bits=3):
-    return PagePool(PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), 64), HEADS)
+def pool(block_size=16, k_width=4, v_width=3):
+    return PagePool(PageLayout(TurboQuantConfig(k_width, v_width, block_size), 64), HEADS)
 
 
 def random_rows(p, count, seed=0):

@@ -7,7 +7,9 @@ import vllm_metal_tq
 from vllm_metal_tq.integrations import mlx_lm
 
 PACKAGE = """
-TurboQuantConfig(k_bits, v_bits, block_size=16, layer_overrides=())
+T2 = 18
+T3 = 19
+TurboQuantConfig(k_width, v_width, block_size=16, layer_overrides=())
 TurboQuantConfig.for_layer(self, layer)
 TurboQuantConfig.from_names(preset=None, k_quant=None, v_quant=None, block_size=16, layers=None)
 TurboQuantConfig.k_quant
@@ -89,6 +91,8 @@ KINDS = (property, classmethod, staticmethod)
 def line(name, thing):
     if isinstance(thing, property):
         return name
+    if isinstance(thing, int):
+        return f"{name} = {thing}"
     parameters = [
         p.replace(annotation=p.empty, default=... if inspect.isfunction(p.default) else p.default)
         for p in inspect.signature(thing).parameters.values()
@@ -108,8 +112,7 @@ def test_the_mlx_lm_integration():
 
 def test_every_parameter_is_explained():
     for module in (vllm_metal_tq, mlx_lm):
-        for name in module.__all__:
-            thing = getattr(module, name)
+        for thing in filter(callable, (getattr(module, name) for name in module.__all__)):
             members = [
                 getattr(thing, member)
                 for member in (vars(thing) if inspect.isclass(thing) else ())

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "T2": ".config",
+    "T3": ".config",
     "TurboQuantConfig": ".config",
     "TurboQuantKVCache": ".integrations.mlx_lm",
     "load_prompt_cache": ".integrations.mlx_lm",
@@ -14,6 +16,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "T2",
+    "T3",
     "TurboQuantConfig",
     "TurboQuantKVCache",
     "load_prompt_cache",
@@ -22,7 +26,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import TurboQuantConfig
+    from .config import T2, T3, TurboQuantConfig
     from .integrations.mlx_lm import (
         TurboQuantKVCache,
         load_prompt_cache,

@@ -1,9 +1,9 @@
 """Widths for each layer within a budget of bits, from how much each layer's errors matter.
 
-Each layer's keys, then values, are compressed alone, and the KL divergence is measured. Errors of
-b bits are about 4^-b, and divergences of layers about add up, so that one measurement per half
-predicts every assignment. Widths then grow from the smallest, always where the predicted
-divergence falls most per bit.
+Each layer's keys, then values, are compressed alone, and the KL divergence is measured. It is about
+in proportion to the codes' square error, and divergences of layers about add up, so that one
+measurement per half predicts every assignment. Widths then grow from the smallest, always where the
+predicted divergence falls most per bit.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ import mlx.nn as nn
 import mlx_lm.models.cache as host
 
 from .calibration import Calibration
-from .config import WIDTHS, TurboQuantConfig
+from .config import T2, T3, TurboQuantConfig
 from .evaluate import Method, as_decoding
 from .integrations.mlx_lm import make_prompt_cache
 from .integrations.mlx_lm.parts import compressed
+from .layout import PLANE_BITS
 from .sweep import measure
 from .types import MakeCaches, Progress, PromptCache
 
-PROBED, FINE = 3, 8  # bits of the half that is measured, and of the other
+PROBED, FINE = 3, 8  # widths of the half that is measured, and of the other
+
+ERRORS = {T2: 0.0757, T3: 0.0199, 4: 0.0095, 5: 0.0025, 6: 0.00064, 8: 0.00004}
+"""The best width of each number of bits, and its mean square error on N(0, 1) (docs/codec.md)."""
+
+WIDTHS = tuple(ERRORS)
+BITS = [sum(PLANE_BITS[width]) for width in WIDTHS]
 
 Halves = tuple[float, float]
 """A figure of a layer's keys and one of its values."""
@@ -34,7 +41,7 @@ def sensitivities(
     calibration: Calibration,
     progress: Progress = lambda done, total: None,
 ) -> list[Halves | None]:
-    """KL divergence, in nats, by each layer's keys and values at ``PROBED`` bits alone.
+    """KL divergence, in nats, by each layer's keys and values at ``PROBED`` alone.
 
     Args:
         model: a model that mlx_lm has loaded.
@@ -78,7 +85,7 @@ def check(budget: float, head_dims: Sequence[int | None]) -> float:
     if not dims:
         raise ValueError("no layer of this model can be compressed")
     # An element takes its code, and a share of its vector's fp16 scale.
-    least = WIDTHS[0] + sum(16 / dim for dim in dims) / len(dims)
+    least = BITS[0] + sum(16 / dim for dim in dims) / len(dims)
     if budget < least:
         raise ValueError(f"{budget} bits are too few: the smallest widths take {least:.2f}")
     return (budget - least) * 2 * len(dims) + 1e-6  # for sums that are off by rounding
@@ -104,11 +111,11 @@ def assign(
     layers = [i for i, pair in enumerate(found) if pair]
 
     def gain(key: tuple[int, int]) -> float:
-        bits, more = WIDTHS[halves[key]], WIDTHS[halves[key] + 1]
-        return figures[key] * (4.0**-bits - 4.0**-more) / (more - bits)
+        width, wider = WIDTHS[halves[key] : halves[key] + 2]
+        return figures[key] * (ERRORS[width] - ERRORS[wider]) / cost(key)
 
     def cost(key: tuple[int, int]) -> int:
-        return WIDTHS[halves[key] + 1] - WIDTHS[halves[key]]
+        return BITS[halves[key] + 1] - BITS[halves[key]]
 
     while True:
         open_ones = [k for k, i in halves.items() if i + 1 < len(WIDTHS) and cost(k) <= left]

@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 
 from . import safetensors
 from .centre import Centre, turn
-from .config import TurboQuantConfig
+from .config import QUANT_OF, TurboQuantConfig
 from .part import whole_fingerprint
 from .rope import Rope
 
@@ -67,10 +67,18 @@ class Calibration:
             "version": _VERSION,
             "fingerprint": self.fingerprint,
             "layers": str(len(self.centres)),
-            "widths": self.config.layers if self.config else "",
+            "widths": _widths(self.config) if self.config else "",
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         safetensors.write(file, "the calibration", arrays, metadata)
+
+
+def _widths(config: TurboQuantConfig) -> str:
+    """The widths of layers as ``from_names`` takes them, without presets: those may change."""
+    return ",".join(
+        f"{first}-{last}={QUANT_OF[k_width]}/{QUANT_OF[v_width]}"
+        for first, last, k_width, v_width in config.layer_overrides
+    )
 
 
 def load(file: Path, model: nn.Module) -> Calibration:

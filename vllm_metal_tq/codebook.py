@@ -1,7 +1,8 @@
 """Codebooks: from a number to the nearest code, and from a code to its level.
 
-Keys take uniform levels, values levels close to Lloyd-Max's for a normal distribution. Both
-are formulas, so that a GPU kernel needs no table, and both are stated here alone.
+Keys take uniform levels, values levels close to Lloyd-Max's for a normal distribution, trellis
+codes levels of their own. All are formulas, so that a GPU kernel needs no table, and all are
+stated here alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 from numpy.polynomial import Polynomial
+
+from .config import T2, T3
 
 Number = TypeVar("Number", float, mx.array, np.ndarray)
 
@@ -134,6 +137,41 @@ class Gaussian:
         return list(map(float, fit / size))
 
 
+@dataclass(frozen=True)
+class Octic:
+    """Levels b*w*(a/b + w^8) at w = (2*code + 1 - n)/n, n = 2^bits: those of trellis codes.
+
+    Rounded as those of ``Gaussian``. tools/train_trellis.py finds a and b.
+
+    Attributes:
+        bits: of the number of a level, two more than a code has.
+        a: the first coefficient.
+        b: the last one.
+    """
+
+    bits: int
+    a: float
+    b: float
+
+    def levels(self, codes: mx.array) -> mx.array:
+        """Levels of uint8 ``codes``, float32, same shape."""
+        n = 1 << self.bits
+        w = (2 * codes.astype(mx.float32) + (1 - n)) * (1 / n)
+        b, a_by_b = self.coefficients
+        fourth = _half(w * w)
+        fourth = _half(fourth * fourth)
+        return _half(w * _half(fourth * fourth + a_by_b)) * b
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """b, and a/b in half precision."""
+        return self.b, float(np.float16(self.a / self.b))
+
+
+TRELLIS_LEVELS = {T2: Octic(4, 1.5086, 1.2422), T3: Octic(5, 1.5878, 1.4958)}
+"""Trellis width -> levels, of which ``trellis.py`` numbers eight sets."""
+
+
 def _half(x: Number) -> Number:
     """Float32 ``x`` in 11 significant bits, as half floats have (Veltkamp's splitting).
 
@@ -144,13 +182,16 @@ def _half(x: Number) -> Number:
     return rounded
 
 
-@lru_cache
-def key_codebook(bits: int) -> Uniform:
-    """The codebook of keys with ``bits`` bits an element."""
-    return Uniform(bits)
+Codebook = Uniform | Gaussian | Octic
 
 
 @lru_cache
-def value_codebook(bits: int) -> Gaussian:
-    """The codebook of values with ``bits`` bits an element."""
-    return Gaussian(bits)
+def key_codebook(width: int) -> Uniform | Octic:
+    """The codebook of keys of a width."""
+    return TRELLIS_LEVELS.get(width) or Uniform(width)
+
+
+@lru_cache
+def value_codebook(width: int) -> Gaussian | Octic:
+    """The codebook of values of a width."""
+    return TRELLIS_LEVELS.get(width) or Gaussian(width)

@@ -5,7 +5,8 @@ This is the oracle of every kernel.
 Both codecs rotate a head vector, try a few steps, keep the codes with the least square error, and
 store one fp16 scale, which is that step. They differ in the codebook, and in that values are made
 as long as they were, on average: codes shrink every value by the same factor, and attention would
-sum those errors coherently.
+sum those errors coherently. Trellis codes (``trellis.py``) have one codebook for both, and one
+step, the vector's root mean square.
 
 A zero vector, or one whose scale is below fp16's smallest number, decodes to zeros.
 
@@ -17,13 +18,16 @@ that of the value's the flag g.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 
 from .centre import Centre
 from .codebook import Gaussian, Uniform, key_codebook, value_codebook
-from .layout import PLANE_BITS, PageLayout
+from .config import T2, T3, TRELLIS_WIDTHS
+from .layout import PLANE_BITS, Array, PageLayout
 from .rotation import rotate
+from .trellis import TRELLISES, unfold
 
 # Steps tried per vector: bits -> where the last cell of keys ends, and where the last level of
 # values lies, as fractions of the largest element. benchmarks/scale_search.py judges them.
@@ -45,12 +49,13 @@ VALUE_CLIPS = {
     8: (1.389,),
 }
 
-# Bits -> what makes the product of a key and its code as large as that of the key and itself. Codes
-# of the least square error are shorter than what they stand for, and so would all logits be.
-KEY_GAINS = {2: 1.13, 3: 1.036, 4: 1.011, 5: 1.0025, 6: 1.0007, 8: 1.0}
+# Width -> what makes the product of a key and its code as large as that of the key and itself.
+# Codes of the least square error are shorter than what they stand for, and so would all logits be.
+# tools/train_trellis.py measures those of trellis codes, here and below.
+KEY_GAINS = {2: 1.13, 3: 1.036, 4: 1.011, 5: 1.0025, 6: 1.0007, 8: 1.0, T2: 1.082, T3: 1.0203}
 
-# Bits -> what makes values as long as they were, on average.
-VALUE_GAINS = {2: 1.0625, 3: 1.0165, 4: 1.0035, 5: 1.001, 6: 1.0002, 8: 1.0}
+# Width -> what makes values as long as they were, on average.
+VALUE_GAINS = {2: 1.0625, 3: 1.0165, 4: 1.0035, 5: 1.001, 6: 1.0002, 8: 1.0, T2: 1.041, T3: 1.0104}
 
 SLICE = 256  # tokens encoded at a time: trying four steps takes 40 times the memory of its input
 
@@ -117,15 +122,15 @@ def _encode(
         t, m = centre.smoothing[:, None], centre.value_mean[:, None]
         short_keys, f = _shorter(keys * t, centre.at(_needed(positions)) * t)
         short_values, g = _shorter(values, m)
-    k_codes, k_scale = encode_keys(rotate(short_keys), layout.config.k_bits)
-    v_codes, v_scale = encode_values(rotate(short_values), layout.config.v_bits)
+    k_codes, k_scale = encode_keys(rotate(short_keys), layout.config.k_width)
+    v_codes, v_scale = encode_values(rotate(short_values), layout.config.v_width)
     scales = mx.stack([k_scale, v_scale], axis=-1)
     if centre:
         scales = mx.where(mx.stack([f, g], axis=-1), -scales, scales)
     rows = mx.concatenate(
         [
-            *_pack(k_codes, layout.config.k_bits),
-            *_pack(v_codes, layout.config.v_bits),
+            *_pack(k_codes, layout.config.k_width),
+            *_pack(v_codes, layout.config.v_width),
             scales.view(mx.uint8),
         ],
         axis=-1,
@@ -179,10 +184,10 @@ def decode(
     """
     *planes, scales = layout.split(pages)
     scales = mx.abs(scales.view(mx.float16).astype(mx.float32))
-    k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
-    k_planes, v_planes = planes[: len(PLANE_BITS[k_bits])], planes[len(PLANE_BITS[k_bits]) :]
-    keys = key_codebook(k_bits).levels(_unpack(k_planes, k_bits)) * scales[..., :1]
-    values = value_codebook(v_bits).levels(_unpack(v_planes, v_bits)) * scales[..., 1:]
+    k_width, v_width = layout.config.k_width, layout.config.v_width
+    k_planes, v_planes = planes[: len(PLANE_BITS[k_width])], planes[len(PLANE_BITS[k_width]) :]
+    keys = key_codebook(k_width).levels(_unpack(k_planes, k_width)) * scales[..., :1]
+    values = value_codebook(v_width).levels(_unpack(v_planes, v_width)) * scales[..., 1:]
     if not centre:
         return keys, values
     f, g = (flag.flatten(1) for flag in flags(pages, layout))
@@ -220,33 +225,37 @@ def flags(pages: mx.array, layout: PageLayout) -> tuple[mx.array, mx.array]:
     return signs[..., 0], signs[..., 1]
 
 
-def encode_keys(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+def encode_keys(y: mx.array, width: int) -> tuple[mx.array, mx.array]:
     """Quantise rotated keys.
 
     Args:
         y: float32 ``(..., dim)``.
-        bits: code width.
+        width: code width.
 
     Returns:
         uint8 codes ``(..., dim)`` and fp16 scales ``(...)``.
     """
-    steps = [clip / 2 ** (bits - 1) for clip in KEY_CLIPS[bits]]
-    return nearest(y, steps, key_codebook(bits), KEY_GAINS[bits])
+    if trellis := TRELLISES.get(width):
+        return trellis.nearest(y, KEY_GAINS[width])
+    steps = [clip / 2 ** (width - 1) for clip in KEY_CLIPS[width]]
+    return nearest(y, steps, Uniform(width), KEY_GAINS[width])
 
 
-def encode_values(y: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+def encode_values(y: mx.array, width: int) -> tuple[mx.array, mx.array]:
     """Quantise rotated values.
 
     Args:
         y: float32 ``(..., dim)``.
-        bits: code width.
+        width: code width.
 
     Returns:
         uint8 codes ``(..., dim)`` and fp16 scales ``(...)``.
     """
-    codebook = value_codebook(bits)
-    steps = [clip / codebook.largest for clip in VALUE_CLIPS[bits]]
-    return nearest(y, steps, codebook, VALUE_GAINS[bits])
+    if trellis := TRELLISES.get(width):
+        return trellis.nearest(y, VALUE_GAINS[width])
+    codebook = Gaussian(width)
+    steps = [clip / codebook.largest for clip in VALUE_CLIPS[width]]
+    return nearest(y, steps, codebook, VALUE_GAINS[width])
 
 
 def nearest(
@@ -268,21 +277,35 @@ def nearest(
     return codes, (step[..., 0] * gain).astype(mx.float16)
 
 
-def _pack(codes: mx.array, bits: int) -> list[mx.array]:
+def _pack(codes: mx.array, width: int) -> list[mx.array]:
     """Split codes into planes and pack each: element d at bit (d mod 8/b)*b of its byte."""
     planes = []
-    for width in PLANE_BITS[bits]:
-        fields = (codes & ((1 << width) - 1)).reshape(*codes.shape[:-1], -1, 8 // width)
-        shifts = mx.arange(0, 8, width, dtype=mx.uint8)
+    for bits in PLANE_BITS[width]:
+        fields = (codes & ((1 << bits) - 1)).reshape(*codes.shape[:-1], -1, 8 // bits)
+        shifts = mx.arange(0, 8, bits, dtype=mx.uint8)
         planes.append((fields << shifts).sum(axis=-1).astype(mx.uint8))
-        codes = codes >> width
+        codes = codes >> bits
     return planes
 
 
-def _unpack(planes: list[mx.array], bits: int) -> mx.array:
-    """The codes that ``_pack`` made planes of."""
-    low, *high = map(fields, planes, PLANE_BITS[bits])
-    return low | (high[0] << PLANE_BITS[bits][0]) if high else low
+def _unpack(planes: list[mx.array], width: int) -> mx.array:
+    """The numbers of levels that planes stand for, uint8 ``(..., dim)``."""
+    planes, widths = unfolded(planes, width)
+    numbers, *rest = map(fields, planes, widths)
+    for shift, part in zip(accumulate(widths), rest, strict=False):
+        numbers = numbers | part << shift
+    return numbers
+
+
+def unfolded(planes: list[Array], width: int) -> tuple[list[Array], tuple[int, ...]]:
+    """Planes whose fields together are numbers of levels, and their widths.
+
+    Those of scalar codes are what is stored.
+    """
+    if width not in TRELLIS_WIDTHS:
+        return planes, PLANE_BITS[width]
+    planes = unfold(planes, width)
+    return planes, (1,) * len(planes)
 
 
 def fields(plane: mx.array, width: int) -> mx.array:

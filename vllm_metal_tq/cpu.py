@@ -7,15 +7,16 @@ what is made of the pages is a slice of tokens at a time, which stays in the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
 
 from . import codec
 from .centre import TURN, TWO_PI, Centre
-from .codebook import Gaussian, Uniform, key_codebook, value_codebook
+from .codebook import Codebook, key_codebook, value_codebook
 from .layout import PLANE_BITS, PageLayout
 from .rotation import rotate, unrotate
 
@@ -77,7 +78,7 @@ def attend_token(
     start = shift
     for k_planes, v_planes, scales in _slices(np.asarray(pages), blocks, past_length, layout):
         k_scales, v_scales = scales[:, None, :, 0], scales[:, None, :, 1]
-        k_levels = _levels(k_planes, key_codebook(layout.config.k_bits), levels)
+        k_levels = _levels(k_planes, layout.config.k_width, key_codebook, levels)
         logits = q @ k_levels.swapaxes(1, 2) * np.abs(k_scales)
         if means:
             logits += np.where(np.signbit(k_scales), means.logits(start, logits.shape[2]), 0)
@@ -85,7 +86,7 @@ def attend_token(
         last, peak = peak, np.maximum(peak, logits.max(axis=-1, keepdims=True))
         weights, decay = np.exp(logits - peak), np.exp(last - peak)
         total = total * decay + weights.sum(axis=-1, keepdims=True)
-        v_levels = _levels(v_planes, value_codebook(layout.config.v_bits), levels)
+        v_levels = _levels(v_planes, layout.config.v_width, value_codebook, levels)
         output = output * decay + weights * np.abs(v_scales) @ v_levels
         if means:
             means.add(weights * np.signbit(v_scales), decay)
@@ -151,7 +152,7 @@ def _slices(
     pages: np.ndarray, blocks: Sequence[int], num_tokens: int, layout: PageLayout
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray], np.ndarray]]:
     """Key planes, value planes ``(num_kv_heads, n, bytes)`` and float32 scales ``(..., n, 2)``."""
-    block_size, num_k_planes = layout.config.block_size, len(PLANE_BITS[layout.config.k_bits])
+    block_size, num_k_planes = layout.config.block_size, len(PLANE_BITS[layout.config.k_width])
     blocks, ends = np.array(blocks), np.cumsum(layout.plane_bytes)
     for start in range(0, num_tokens, SLICE):
         end = min(start + SLICE, num_tokens)
@@ -174,7 +175,12 @@ def _offsets(layout: PageLayout) -> tuple[type, np.ndarray]:
     return np.uint8, layout.byte_offsets
 
 
-def _levels(planes: list[np.ndarray], codebook: Uniform | Gaussian, out: np.ndarray) -> np.ndarray:
+def _levels(
+    planes: list[np.ndarray],
+    width: int,
+    codebook: Callable[[int], Codebook],
+    out: np.ndarray,
+) -> np.ndarray:
     """Levels of the codes in planes ``(num_kv_heads, n, bytes)``, put at the start of ``out``.
 
     Returns:
@@ -182,14 +188,14 @@ def _levels(planes: list[np.ndarray], codebook: Uniform | Gaussian, out: np.ndar
         work for new memory, which costs as much as the levels themselves.
     """
     shape = (*planes[0].shape[:2], -1)
-    codes, widths = planes[0], PLANE_BITS[codebook.bits]
+    planes, widths = codec.unfolded(planes, width)
+    codes = planes[0]
     if len(planes) > 1:  # join them first, to a byte for each code
-        low, high = (
-            np.take(_fields(width), plane, axis=0).reshape(shape)
-            for plane, width in zip(planes, widths, strict=True)
-        )
-        codes, widths = low | high << widths[0], (8,)
-    table = _level_table(codebook, *widths)
+        codes = np.zeros((), np.uint8)
+        for plane, bits, shift in zip(planes, widths, accumulate(widths, initial=0), strict=False):
+            codes = codes | np.take(_fields(bits), plane, axis=0).reshape(shape) << shift
+        widths = (8,)
+    table = _level_table(codebook(width), *widths)
     out = out[: codes.size * table.shape[1]]
     np.take(table, codes, axis=0, out=out.reshape(*codes.shape, -1), mode="clip")
     return out.reshape(shape)
@@ -202,6 +208,6 @@ def _fields(width: int) -> np.ndarray:
 
 
 @lru_cache
-def _level_table(codebook: Uniform | Gaussian, width: int) -> np.ndarray:
+def _level_table(codebook: Codebook, width: int) -> np.ndarray:
     """Levels of all fields of all bytes: float32 ``(256, 8 / width)``."""
     return np.array(codebook.levels(mx.array(_fields(width))))

@@ -16,7 +16,8 @@ Inside a unit the bytes lie as the 32 lanes of the decode kernels take them (met
   2q, 2q + 1, 2q + 8 and 2q + 9, and finds two neighbouring tokens in the two halves of a word.
 
 Widths that are no power of two are split into planes (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), so
-every token owns whole bytes and an append never reads what it overwrites. There is no padding;
+every token owns whole bytes and an append never reads what it overwrites. Trellis codes have a
+plane for each bit, that of the trellis first (``trellis.py``). There is no padding;
 pages are multiples of 64 bytes, and every lane's bytes of a unit lie together, up to 16 of them.
 """
 
@@ -29,12 +30,15 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from .config import TurboQuantConfig
+from .config import T2, T3, TurboQuantConfig
 from .rotation import rotated_dim
 
 Array = TypeVar("Array", mx.array, np.ndarray)
 
-PLANE_BITS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+PLANE_BITS = {
+    **{2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)},
+    **{T2: (1, 1), T3: (1, 1, 1)},
+}
 """Code width -> widths of its planes, from the code's low bits to its high bits."""
 
 SUB_BLOCK = 16
@@ -79,7 +83,7 @@ class PageLayout:
     @property
     def planes(self) -> tuple[int, ...]:
         """Bits of each plane, key planes first."""
-        return PLANE_BITS[self.config.k_bits] + PLANE_BITS[self.config.v_bits]
+        return PLANE_BITS[self.config.k_width] + PLANE_BITS[self.config.v_width]
 
     @property
     def plane_bytes(self) -> tuple[int, ...]:
@@ -128,7 +132,7 @@ class PageLayout:
         parts: list[list[Array]] = []
         start = 0
         for number, bits in enumerate(self.planes):
-            in_tokens = _key_unit if number < len(PLANE_BITS[self.config.k_bits]) else _value_unit
+            in_tokens = _key_unit if number < len(PLANE_BITS[self.config.k_width]) else _value_unit
             units: list[Array] = []
             for dims in self._units:
                 end = start + SUB_BLOCK * dims * bits // 8

@@ -56,8 +56,8 @@ class Part:
         if beyond:
             raise ValueError(f"there is no layer {beyond[0]}: the model has {self.num_layers}")
         overrides = tuple(
-            (max(first - self.first, 0), min(last - self.first, self.layers - 1), k_bits, v_bits)
-            for first, last, k_bits, v_bits in whole.layer_overrides
+            (max(first - self.first, 0), min(last - self.first, self.layers - 1), k_width, v_width)
+            for first, last, k_width, v_width in whole.layer_overrides
             if last >= self.first and first < self.first + self.layers
         )
         return replace(whole, layer_overrides=overrides)

@@ -8,15 +8,17 @@ from typing import Any
 
 import mlx.nn as nn
 
+from .config import T2, T3
 from .evaluate import OURS, Method, Quality
 from .evaluate import measure as measure_quality
 from .types import Progress
 
 PAIRS = (
-    *((2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4), (5, 4), (5, 5), (6, 4), (6, 5), (6, 6)),
-    *((8, 3), (8, 4), (8, 5), (8, 6), (8, 8)),
+    *((T2, T2), (T3, T2), (T3, T3), (4, T2), (4, T3), (4, 4), (5, 4), (5, 5), (6, 4), (6, 5)),
+    *((6, 6), (8, T3), (8, 4), (8, 5), (8, 6), (8, 8)),
+    *((2, 2), (3, 3)),
 )
-"""(key bits, value bits) of a sweep: the presets, and what lies between them."""
+"""Widths of keys and values of a sweep: the presets, what lies between them, and scalar codes."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def runs(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(folder=HERE):
     """Write ``page.svg``."""
-    layout = PageLayout(TurboQuantConfig.from_names("tq3"), 128)
+    layout = PageLayout(TurboQuantConfig(3, 3), 128)
     part, token = owners(layout)
     figure, ax = pyplot.subplots(figsize=(6.4, 3.2))
     for number, (name, colour) in enumerate(COLOURS.items()):
@@ -57,7 +57,7 @@ def draw(folder=HERE):
     ax.set_xlabel("byte")
     ax.set_ylabel("from byte")
     ax.set_title(
-        f"tq3, head_dim 128: {layout.page_bytes:,} bytes, 16 tokens; strong: token {TOKEN}"
+        f"q3_0, head_dim 128: {layout.page_bytes:,} bytes, 16 tokens; strong: token {TOKEN}"
     )
     figure.legend(loc="outside lower center", ncols=3)
     save(figure, "page", folder)

@@ -4,7 +4,10 @@ import json
 
 from style import BLUE, HERE, INK, pyplot, save
 
+from vllm_metal_tq.config import PRESETS
+
 OURS = "vllm-metal-tq"
+PLAIN = ("q2_0/q2_0", "q3_0/q3_0")  # what trellis codes are compared with
 COLOURS = ["#e08a1e", "#2fa36b", "#d6504e", "#9467bd", "#17a2b8", "#b08968", "#e377c2"]
 
 
@@ -36,9 +39,14 @@ def draw(folder=HERE):
         dots = {"color": colour, "s": 30 if family == OURS else 12, "zorder": front}
         ax.scatter([p["bits"] for p in members], [p["kl"] for p in members], label=family, **dots)
     for point in points():
-        if point["family"] == OURS and point["name"].startswith("tq") and " " not in point["name"]:
-            place = {"xytext": (-5, -11), "textcoords": "offset points", "ha": "right"}
-            ax.annotate(point["name"], (point["bits"], point["kl"]), color=INK, **place)
+        if point["family"] == OURS and point["name"] in PRESETS:
+            place = {"xytext": (-5, -11), "ha": "right"}
+        elif point["name"] in PLAIN:
+            place = {"xytext": (7, -3), "ha": "left"}
+        else:
+            continue
+        place |= {"textcoords": "offset points", "color": INK}
+        ax.annotate(point["name"], (point["bits"], point["kl"]), **place)
     ax.set(yscale="log", xlabel="bits of an element of K or V, everything included")
     ax.set_ylabel("mean KL divergence, nats")
     ax.grid(alpha=0.3)

@@ -52,7 +52,7 @@ def test_json_says_what_the_file_holds(capsys, demo, file):
     cache, metadata = load_prompt_cache(file, demo[0], return_metadata=True)
     assert metadata == {"model": "demo"}
     assert cache[0].offset == said["prompt_tokens"] > 10
-    widths = {(c.layout.config.k_bits, c.layout.config.v_bits) for c in cache}
+    widths = {(c.layout.config.k_width, c.layout.config.v_width) for c in cache}
     assert widths == {(6, 5)}
     assert (said["preset"], said["k_quant"], said["v_quant"]) == ("tq6", "q6_0", "q5_0")
     held = report(cache)

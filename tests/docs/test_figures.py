@@ -84,7 +84,7 @@ def test_a_byte_of_a_page_belongs_to_one_token(script):
     from vllm_metal_tq.layout import PageLayout
 
     page = script("page")
-    layout = PageLayout(TurboQuantConfig.from_names("tq3"), 128)
+    layout = PageLayout(TurboQuantConfig(3, 3), 128)
     part, token = page.owners(layout)
     assert np.bincount(token).tolist() == [layout.row_bytes] * 16
     assert np.bincount(part).tolist() == [n * 16 for n in (*layout.plane_bytes, 4)]

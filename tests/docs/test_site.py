@@ -66,7 +66,7 @@ def test_nothing_is_loaded_from_elsewhere(pages):
 def test_formulas_are_mathml_and_leave_no_latex(pages):
     text = next(file for file in pages if file.parent.name == "codec").read_text(encoding="utf-8")
     formulas = re.findall(r"<math .*?</math>", text, re.DOTALL)
-    assert len(formulas) == 9
+    assert len(formulas) == 12
     assert [formula for formula in formulas if "\\" in formula] == []
 
 

@@ -52,7 +52,7 @@ def test_the_engine_hears_of_each_layer_of_the_model_once(stages):
     specs = [worker.get_kv_cache_spec() for worker in workers]
     every = specs[0] | specs[1]
     assert list(every) == [f"layers.{number}.self_attn" for number in range(LAYERS)]
-    assert [(spec.k_bits, spec.v_bits) for spec in every.values()] == WIDTHS
+    assert [(spec.k_width, spec.v_width) for spec in every.values()] == WIDTHS
     memory = []
     for stage in workers:
         make_room()
@@ -73,7 +73,7 @@ def test_each_stage_has_its_part_of_a_calibration(stages, tmp_path):
         for worker in workers
     ]
     configs = [config for part in parts for config in part.configs]
-    assert [(config.k_bits, config.v_bits) for config in configs] == WIDTHS
+    assert [(config.k_width, config.v_width) for config in configs] == WIDTHS
     centres = [centre for part in parts for centre in part.centres]
     assert len(centres) == LAYERS
     for found, expected in zip(centres[1:], whole.centres[1:], strict=True):

@@ -45,7 +45,7 @@ def check_names(case: dict) -> str:
         config = TurboQuantConfig.from_names(**case)
     except Exception as error:
         return refusal(error)
-    if config.k_bits not in WIDTHS or config.v_bits not in WIDTHS:
+    if config.k_width not in WIDTHS or config.v_width not in WIDTHS:
         raise Finding(f"widths of {config}")
     if config.block_size not in BLOCK_SIZES:
         raise Finding(f"block size of {config}")

@@ -15,7 +15,8 @@ from vllm_metal_tq.kernels import launch
 KERNELS = ["encode", "gather", "decode_mma", "decode_fma", "merge"]
 HEADERS = ["attention.h", "decode.h", "encode.h", "gather.h", "dialect_metal.h"]
 CENTRING = ["centre.h", "turn.h"]
-FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS, *CENTRING]
+TRELLIS = ["trellis.h", "decode_fma.h"]
+FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS, *CENTRING, *TRELLIS]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,6 @@ merge.metal: const size_t at = size_t(ring + t % (TAIL >= 0 ? TAIL : 1)) * head_
 merge.metal: for (int first = sg; first <= splits; first += AT_ONCE * NSG) {
 = a chunk more, whose queries are zero
 decode_fma.metal: constexpr int NKC = (D + 8 * KE - 0) / (8 * KE);
-decode_mma.metal: constexpr int NKC = (D + 4 * KD - 0) / (4 * KD);
 = a minimum of two that are equal
 decode_fma.metal: constexpr int VLS = VD * VL / 2 <= 16 ? VD * VL / 2 : 16;
 decode_mma.metal: constexpr int VLS = VLB <= 16 ? VLB : 16;
@@ -124,8 +124,8 @@ decode_mma.metal: constexpr int VLS = VLB <= 16 ? VLB : 16;
 decode_fma.metal: constexpr int VHB = VH >= 0 ? VD * VH / 2 : 4;
 decode_fma.metal: if (KH >= 0) {
 decode_fma.metal: vh[i][p] = VH >= 0 ? tq_load1(base + high_at + i * VQ * VHB + p * (VHB / VHP)) : 0;
-decode_mma.metal: if (KH >= 0) tq_load<KHB>(kh[b][c][t], high + (2 * D * KL + unit * 256 * KH + t * dims * KH));
-decode_mma.metal: if (VH >= 0) tq_load<VHB>(vh[b][u], high + (2 * D * (KB + VL) + u * 256 * VH));
+decode_mma.metal: if (KH >= 0) tq_load<KHB>(kh[b][c][i][t], high + (2 * D * (KL + i * KHP) + unit * 256 * KHP + t * dims * KHP));
+decode_mma.metal: if (VH >= 0) tq_load<VHB>(vh[b][u][i], high + (2 * D * (KB + VL + i * VHP) + u * 256 * VHP));
 = a shift by 0, the rest of a division by 1
 decode_fma.metal: if (KLB <= 4 && KSPLIT >= 1) kl[i][c][0] >>= part * (KE / 2 * KL);
 decode_fma.metal: if (KHB <= 4 && KSPLIT >= 1) kh[i][c][0] >>= part * (KE / 2 * KH);
@@ -166,9 +166,12 @@ decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 1 <= N ? 2 * h + 1 : 0][e] *= o
 centre.h: for (int i = 0; i <= FOLDS; ++i) { #2
 = lanes without dimensions read what follows in the page, its scales at most, and do not use it
 decode_fma.metal: const int row = value_row <= VROWS ? value_row : 0;
-decode_mma.metal: const int mine = (row <= rows ? row : 0) * 4 + quad;
+decode_mma.metal: const int mine = (row <= rows ? row : rows - 1) * 4 + quad;
 decode_fma.metal: const int at = (group + 4 * i) * dims + (from <= dims ? from : 0);
-decode_mma.metal: const bool there = c % PER * 4 + quad <= dims / KD;
+decode_fma.metal: tq_key_bits<D, KE, KB>(kt[c], base, group, d <= D ? d : 0);
+= there are no taps of an eighth element, nor of a fourth parity
+trellis.h: for (int t = 0; t <= 7; ++t) {
+trellis.h: for (int j = 0; j <= 3; ++j) {
 = not seen, though out of bounds: clang moves the load into the loop, which is then not entered
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 0, 0)) / NSB];
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 1, -1)) / NSB];
@@ -190,7 +193,8 @@ decode_mma.metal: if (d == 1) {
 merge.metal: if (lane == 1) {
 merge.metal: if (lane == 1) { #2
 merge.metal: if (sg == 1) {
-encode.metal: if (live && p == 1) *(device uint*)(row + SCALES_AT) = scales;
+encode.metal: if (live && p == 1) *(device ushort*)(row + SCALES_AT) = ushort(scale);
+encode.metal: if (live && p == 1) *(device ushort*)(row + SCALES_AT + 2) = ushort(scale);
 = a tile more, of dimensions that are not stored
 decode_mma.metal: for (int j = 0; j <= NT; ++j) { #3
 = windows that are computed at once are as many for every reader
@@ -224,7 +228,7 @@ decode.h: pair |= (up >= 0 ? high << (up >= 0 ? up : 0) : high >> (up > 0 ? 0 : 
 = the branch is that of s above 0
 decode.h: const uint middle = ((1u << BITS) - 1u) << (s >= 0 ? s - 1 : 0);
 = c/b is 0 up to 4 bits
-decode.h: if (BITS >= 4) {
+decode.h: if (LOW + HIGH >= 4) {
 encode.h: if (BITS >= 4) {
 """  # noqa: E501
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from kernels.reference import Case, Centring, float64, turned_means
 
+from vllm_metal_tq.config import T2, T3
 from vllm_metal_tq.kernels import centre as tables
 from vllm_metal_tq.kernels import decode as decode_kernel
 from vllm_metal_tq.kernels.decode import decode
@@ -70,9 +71,11 @@ def test_no_token_or_every_token_has_its_mean_left_out(flagged, variant, execute
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 
-@pytest.mark.parametrize(("k_bits", "v_bits"), [(3, 3), (8, 6), (2, 8)])
-def test_widths(k_bits, v_bits, variant, execute):
-    case = Case([90], bits=(k_bits, v_bits), centring=FAR, **F32)
+@pytest.mark.parametrize(
+    ("k_width", "v_width"), [(3, 3), (8, 6), (2, 8), (T3, T2), (T2, 8), (4, T3)]
+)
+def test_widths(k_width, v_width, variant, execute):
+    case = Case([90], bits=(k_width, v_width), centring=FAR, **F32)
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 

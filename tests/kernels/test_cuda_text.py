@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from kernels.reference import Case, Centring
 
-from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.config import T2, T3, TurboQuantConfig
 from vllm_metal_tq.kernels import launch as launches
 from vllm_metal_tq.kernels.decode import decode
 from vllm_metal_tq.kernels.encode import encode
@@ -59,7 +59,7 @@ def compiles(tmp_path):
     return execute
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 5), (T2, T3), (T3, 4)])
 @pytest.mark.parametrize("head_dim", [80, 128])
 @pytest.mark.parametrize("centred", [False, True])
 def test_encode(centred, head_dim, bits, compiles):
@@ -69,12 +69,13 @@ def test_encode(centred, head_dim, bits, compiles):
 
 
 @pytest.mark.parametrize("variant", ["fma", "mma"])
-@pytest.mark.parametrize("bits", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 5), (T2, T3)])
 @pytest.mark.parametrize("centring", [None, Centring()])
 def test_decode(centring, bits, variant, compiles):
     Case([40], bits=bits, centring=centring).attended(decode, variant=variant, execute=compiles)
 
 
-def test_gather(compiles):
-    case = Case([40])
+@pytest.mark.parametrize("bits", [(4, 4), (T2, T3)])
+def test_gather(bits, compiles):
+    case = Case([40], bits=bits)
     gather(case.pool.pages, case.block_table[0], 40, case.layout, execute=compiles)

@@ -2,7 +2,7 @@ import mlx.core as mx
 import pytest
 from kernels.reference import Case, float64
 
-from vllm_metal_tq.config import WIDTHS
+from vllm_metal_tq.config import T2, T3, WIDTHS
 from vllm_metal_tq.kernels.decode import decode
 
 BOUND = 5e-4
@@ -19,7 +19,7 @@ def test_contexts_with_whole_and_partial_sub_blocks(length, variant, execute):
     assert Case([length], **F32).error(decode, variant=variant, execute=execute) < BOUND
 
 
-# k_bits, v_bits, head_dim, block_size
+# k_width, v_width, head_dim, block_size
 BYTES = [
     # Up to 64 dimensions, where a lane takes half as many of them as above.
     *((2, 3, 64, 16), (3, 2, 64, 32), (4, 5, 64, 16), (5, 4, 64, 32), (6, 8, 64, 16)),
@@ -29,6 +29,10 @@ BYTES = [
     *((4, 4, 128, 32), (6, 3, 96, 16), (4, 2, 80, 16)),
     # Two units.
     *((8, 5, 160, 32), (2, 4, 192, 16), (5, 8, 224, 32), (3, 3, 256, 16), (4, 6, 256, 32)),
+    # Trellis codes.
+    *((T2, T3, 32, 16), (T3, T2, 64, 32), (T2, T2, 96, 16), (T3, T3, 128, 32), (T2, T3, 160, 16)),
+    *((T3, T3, 192, 32), (T3, T2, 256, 16), (T2, 8, 64, 16), (6, T3, 128, 16), (T3, 3, 80, 32)),
+    (4, T2, 224, 16),
 ]
 
 
@@ -36,9 +40,16 @@ def test_every_width_is_among_the_bytes():
     assert {k for k, *_ in BYTES} == {v for _, v, *_ in BYTES} == set(WIDTHS)
 
 
-@pytest.mark.parametrize(("k_bits", "v_bits", "head_dim", "block_size"), BYTES)
-def test_widths_and_head_dims(k_bits, v_bits, head_dim, block_size, variant, execute):
-    case = Case([50, 5], bits=(k_bits, v_bits), head_dim=head_dim, block_size=block_size, **F32)
+@pytest.mark.parametrize(("k_width", "v_width", "head_dim", "block_size"), BYTES)
+def test_widths_and_head_dims(k_width, v_width, head_dim, block_size, variant, execute):
+    case = Case([50, 5], bits=(k_width, v_width), head_dim=head_dim, block_size=block_size, **F32)
+    assert case.error(decode, variant=variant, execute=execute) < BOUND
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [((T3, T2), 64), ((T2, T3), 128), ((T3, T3), 160)])
+def test_trellis_codes_with_all_options(bits, head_dim, variant, execute):
+    options = dict(rows=3, window=20, softcap=5.0, sparse_v=1e-9, tail=2, sinks=True)
+    case = Case([90, 33, 1], bits=bits, head_dim=head_dim, heads=(6, 2), **options, **F32)
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 

@@ -18,8 +18,8 @@ EXCESS = 1e-3
 SAME_ROWS = {2: 0.97, 3: 0.97, 4: 0.95, 5: 0.95, 6: 0.95, 8: 0.9}
 
 
-def layout(k_bits=4, v_bits=4, head_dim=64):
-    return PageLayout(TurboQuantConfig(k_bits, v_bits), head_dim)
+def layout(k_width=4, v_width=4, head_dim=64):
+    return PageLayout(TurboQuantConfig(k_width, v_width), head_dim)
 
 
 def normal(*shape, seed=0, dtype=mx.float32):
@@ -34,7 +34,7 @@ def square_error(rows, page, keys, values):
 
 
 @pytest.mark.parametrize(
-    ("k_bits", "v_bits", "head_dim", "dtype"),
+    ("k_width", "v_width", "head_dim", "dtype"),
     [
         (2, 8, 32, mx.float32),
         (3, 5, 32, mx.bfloat16),
@@ -54,12 +54,12 @@ def square_error(rows, page, keys, values):
         (4, 4, 512, mx.bfloat16),
     ],
 )
-def test_encode_is_the_codecs_up_to_rounding(k_bits, v_bits, head_dim, dtype, execute):
-    page = layout(k_bits, v_bits, head_dim)
-    keys, values = normal(2, 2, 61, head_dim, seed=k_bits, dtype=dtype) * mx.array(0.05, dtype)
+def test_encode_is_the_codecs_up_to_rounding(k_width, v_width, head_dim, dtype, execute):
+    page = layout(k_width, v_width, head_dim)
+    keys, values = normal(2, 2, 61, head_dim, seed=k_width, dtype=dtype) * mx.array(0.05, dtype)
     rows, oracle = encode(keys, values, page, execute), codec.encode(keys, values, page)
     same = (rows == oracle).all(axis=-1).astype(mx.float32).mean().item()
-    assert same >= min(SAME_ROWS[k_bits], SAME_ROWS[v_bits])
+    assert same >= min(SAME_ROWS[k_width], SAME_ROWS[v_width])
     errors = zip(
         square_error(rows, page, keys, values),
         square_error(oracle, page, keys, values),
@@ -82,7 +82,7 @@ def test_vectors_with_outliers(head_dim, execute):
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_lengths_from_small_to_large(size, execute):
-    page = layout(v_bits=6)
+    page = layout(v_width=6)
     keys, values = normal(2, 1, 16, 64) * size
     rows, oracle = encode(keys, values, page, execute), codec.encode(keys, values, page)
     assert (rows == oracle).all(axis=-1).sum().item() >= 15

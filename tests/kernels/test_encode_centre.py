@@ -22,8 +22,8 @@ POSITIONS = [0, 131071, 1_000_000]
 TURN_ERROR = 4e-7
 
 
-def layout(k_bits=4, v_bits=4, head_dim=64):
-    return PageLayout(TurboQuantConfig(k_bits, v_bits), head_dim)
+def layout(k_width=4, v_width=4, head_dim=64):
+    return PageLayout(TurboQuantConfig(k_width, v_width), head_dim)
 
 
 def start(position=0, index=0):
@@ -72,7 +72,7 @@ def stored(rows, page):
 
 
 @pytest.mark.parametrize(
-    ("k_bits", "v_bits", "head_dim", "dtype", "how"),
+    ("k_width", "v_width", "head_dim", "dtype", "how"),
     [
         (4, 4, 64, mx.bfloat16, "half"),
         (4, 4, 64, mx.float32, "adjacent"),
@@ -87,9 +87,9 @@ def stored(rows, page):
     ],
 )
 def test_encode_with_a_centre_is_the_codecs_up_to_rounding(
-    k_bits, v_bits, head_dim, dtype, how, execute
+    k_width, v_width, head_dim, dtype, how, execute
 ):
-    page, position = layout(k_bits, v_bits, head_dim), 1000
+    page, position = layout(k_width, v_width, head_dim), 1000
     centre = paired(centres.random(2, head_dim, size=1.0), how)
     keys, values = (x.astype(dtype) for x in centres.typical(centre, 61, first=position))
     rows = encode(keys, values, page, execute, start=start(position), centre=centre)

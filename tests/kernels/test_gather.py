@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vllm_metal_tq import codec
-from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.config import T2, T3, TurboQuantConfig
 from vllm_metal_tq.kernels.gather import gather
 from vllm_metal_tq.layout import PageLayout
 
@@ -13,8 +13,8 @@ HEADS = 2
 NUM_BLOCKS = 12
 
 
-def layout(k_bits=4, v_bits=4, head_dim=64, block_size=16):
-    return PageLayout(TurboQuantConfig(k_bits, v_bits, block_size), head_dim)
+def layout(k_width=4, v_width=4, head_dim=64, block_size=16):
+    return PageLayout(TurboQuantConfig(k_width, v_width, block_size), head_dim)
 
 
 def random_pages(page, seed=0):
@@ -50,7 +50,7 @@ def test_room_for_recent_tokens_comes_after_the_others(room, execute):
 
 
 @pytest.mark.parametrize(
-    ("k_bits", "v_bits", "head_dim", "block_size"),
+    ("k_width", "v_width", "head_dim", "block_size"),
     [
         (2, 8, 32, 16),
         (3, 5, 32, 32),
@@ -66,10 +66,17 @@ def test_room_for_recent_tokens_comes_after_the_others(room, execute):
         (2, 3, 256, 32),
         (5, 8, 320, 16),
         (3, 4, 1024, 32),
+        (T2, T3, 32, 16),
+        (T3, 6, 64, 32),
+        (3, T2, 96, 16),
+        (T3, T3, 128, 32),
+        (T2, T2, 160, 16),
+        (8, T3, 256, 16),
+        (T3, 2, 320, 32),
     ],
 )
-def test_gather_is_decode(k_bits, v_bits, head_dim, block_size, execute):
-    page = layout(k_bits, v_bits, head_dim, block_size)
+def test_gather_is_decode(k_width, v_width, head_dim, block_size, execute):
+    page = layout(k_width, v_width, head_dim, block_size)
     check(execute, page, [5, 0, 11], 2 * block_size + 7)
 
 

@@ -7,11 +7,12 @@ import pytest
 from simulator import simulate
 
 from vllm_metal_tq import msl
-from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.config import T2, T3, TurboQuantConfig
 from vllm_metal_tq.kernels.selfcheck import check
 from vllm_metal_tq.layout import PageLayout
 
 LAYOUT = PageLayout(TurboQuantConfig(4, 4), 128)  # doctor's, so that its kernels are built once
+TRELLIS = PageLayout(TurboQuantConfig(T3, T2), 64)
 ALL = [
     ("encode", None),
     ("gather", None),
@@ -60,6 +61,25 @@ def test_decode_and_merge_are_checked_with_a_centre_too():
     assert [(c.name, c.variant) for c in checks] == ALL + CENTRED
     assert all(c.ok for c in checks), checks
     assert all(0 <= c.max_rel_error < 5e-4 for c in checks)
+
+
+@needs_simulator
+def test_trellis_codes_are_checked_and_right():
+    checks = check(TRELLIS, simulate, centred=True)
+    assert [(c.name, c.variant) for c in checks] == ALL + CENTRED
+    assert all(c.ok for c in checks), checks
+
+
+@needs_simulator
+def test_another_trellis_is_noticed_by_all_that_read_or_write_it():
+    taps = {"K_TAPS", "KT"}
+
+    def another(launch):
+        changed = {name: launch.template[name] ^ 1 for name in taps & launch.template.keys()}
+        return simulate(replace(launch, template=launch.template | changed))
+
+    checks = check(TRELLIS, another)
+    assert [c.name for c in checks if c.ok] == []
 
 
 @needs_simulator

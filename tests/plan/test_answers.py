@@ -23,8 +23,8 @@ def model(name):
     return models.read(name, shipped()[name]["config"])
 
 
-def tq(k_bits, v_bits):
-    config = TurboQuantConfig(k_bits, v_bits)
+def tq(k_width, v_width):
+    config = TurboQuantConfig(k_width, v_width)
     return Scheme(config.label, config)
 
 

@@ -9,10 +9,11 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ..centre import Centre
-from ..codebook import value_codebook
+from ..codebook import Octic, key_codebook, value_codebook
 from ..layout import PLANE_BITS, PageLayout
 from ..rotation import hadamard_factor, signs
 from ..tail import TAIL, Rings
+from ..trellis import packed_taps
 from . import centre as tables
 from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
@@ -122,12 +123,9 @@ def _decode_launch(
     splits = _splits(max_tokens, runs, simdgroups, in_flight)
     tokens = -(-max_tokens // (splits * simdgroups))
     centring = _centring(centre, variant, width, dim, simdgroups, tokens)
-    max_blocks, v_bits = block_table.shape[1], layout.config.v_bits
-    levels = value_codebook(v_bits).coefficients
-    key_planes, value_planes = PLANE_BITS[layout.config.k_bits], PLANE_BITS[v_bits]
+    max_blocks = block_table.shape[1]
     template = _template(queries, layout, options, centre) | {"BS": layout.config.block_size}
-    template |= dict(zip(("KL", "KH"), (*key_planes, 0), strict=False))
-    template |= dict(zip(("VL", "VH"), (*value_planes, 0), strict=False))
+    template |= _planes("K", layout.config.k_width) | _planes("V", layout.config.v_width)
     template |= {"N": width, "NSG": simdgroups, "NB": _sub_blocks(layout)}
     template |= {"SPARSE": int(options.sparse_v > 0)} | centring.template
     return Launch(
@@ -143,13 +141,27 @@ def _decode_launch(
             "shape": integers(
                 num_heads, num_kv_heads, rows, head_dim, max_blocks, groups, options.window
             ),
-            "numbers": numbers(*_logits(options), options.sparse_v, *levels),
+            "numbers": numbers(*_logits(options), options.sparse_v, *_levels(layout)),
         },
         template,
         {"partial": ((batch, num_heads, rows, splits, dim + 2 + (centre is not None)), mx.float32)},
         (splits * simdgroups * SIMD, num_kv_heads * groups, batch),
         (simdgroups * SIMD, 1, 1),
     )
+
+
+def _planes(name: str, width: int) -> dict[str, int]:
+    """Bits of the first plane and of all others, and taps, of ``K`` or ``V``."""
+    low, *high = PLANE_BITS[width]
+    return {f"{name}L": low, f"{name}H": sum(high), f"{name}T": packed_taps(width)}
+
+
+def _levels(layout: PageLayout) -> tuple[float, ...]:
+    """b, a/b and c/b of the values' levels; and b and a/b of a trellis's keys."""
+    values = value_codebook(layout.config.v_width).coefficients
+    keys = key_codebook(layout.config.k_width)
+    own = keys.coefficients if isinstance(keys, Octic) else ()
+    return *(*values, 0.0)[:3], *own
 
 
 def _merge_launch(
@@ -311,7 +323,7 @@ def _threadgroup_bytes(variant: str, simdgroups: int, width: int, dim: int, wind
 
 def _sub_blocks(layout: PageLayout) -> int:
     """Sub-blocks that a SIMD-group takes at a time: 2, or 1 where registers would run out."""
-    return 2 if layout.dim <= 128 and layout.config.k_bits < 8 else 1
+    return 2 if layout.dim <= 128 and layout.config.k_width != 8 else 1
 
 
 @lru_cache

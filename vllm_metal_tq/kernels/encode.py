@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..centre import Centre
-from ..codebook import CELL_TERMS, value_codebook
+from ..codebook import CELL_TERMS, TRELLIS_LEVELS, Gaussian
 from ..codec import KEY_CLIPS, KEY_GAINS, VALUE_CLIPS, VALUE_GAINS
+from ..config import T2, T3, TRELLIS_WIDTHS
 from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
 from ..tail import TAIL
@@ -19,10 +20,17 @@ from .launch import Executor, Launch, integers, on_gpu
 MAX_DIM = 512  # 32 lanes of 16 elements
 MANY = 4096  # vectors, which keep a GPU busy
 SIMDGROUPS = 4  # of a threadgroup
+FEW_LANES, MANY_LANES = 8, 16  # that find the trellis codes of two vectors
+FEW_LANES_DIM = 224  # threadgroup memory has no room for more with few lanes
 COPIED = 2  # words of the tail, of up to 16 bytes, that a thread copies
 LAYERS = 512  # of which tables are kept
 SEARCH_TERMS = {2: 1, 3: 3, 4: 3, 5: 5, 6: 7, 8: 9}
 """Value width -> terms of the polynomial that takes a value to its cell during the search."""
+TRELLIS_ERRORS = {T2: 0.075, T3: 0.02}
+"""Trellis width -> square error of an element, about: sums less so much stay small in halves."""
+
+_Tables = tuple[list[np.ndarray], list[np.ndarray]]
+"""What ``numbers`` and ``halves`` have of keys or of values, levels of trellis codes left out."""
 
 
 def encode(
@@ -93,11 +101,12 @@ def store(
         raise ValueError(f"{layout.dim} dimensions are too many: encode takes {MAX_DIM}")
     batch, heads, length, head_dim = keys.shape
     dim, count = layout.dim, batch * heads * length
-    share = _share(dim, count)
-    at_once = SIMDGROUPS * 32 * share // dim
+    trellis = not {layout.config.k_width, layout.config.v_width}.isdisjoint(TRELLIS_WIDTHS)
+    share, lanes, simdgroups = _split(dim, count, trellis)
+    at_once = simdgroups * (32 // lanes if trellis else 32 * share // dim)
     wide = head_dim * keys.dtype.size % 16 == 0  # 16 bytes are copied at a time
     words = batch * heads * TAIL * (head_dim * keys.dtype.size // 16 if wide else head_dim)
-    groups = -(-count // at_once) + -(-words // (COPIED * SIMDGROUPS * 32))
+    groups = (1 + trellis) * -(-count // at_once) + -(-words // (COPIED * simdgroups * 32))
     sign_bits, numbers, halves = _tables(layout)
     # Not read without a centre, but of the same types and address space.
     turns, means = _centre_tables(centre, dim) if centre else (sign_bits, numbers)
@@ -120,6 +129,8 @@ def store(
             "T": keys.dtype,
             "HEAD_DIM": head_dim,
             "E": share,
+            "PAIR": lanes,
+            "GROUPS": simdgroups,
             "CENTRE": int(centre is not None),
             "ALIKE": alike(centre, dim, share) if centre else 0,
             **_constants(layout),
@@ -129,8 +140,8 @@ def store(
             "next_keys": (tail[0].shape, keys.dtype),
             "next_values": (tail[1].shape, keys.dtype),
         },
-        grid=(groups * SIMDGROUPS * 32, 1, 1),
-        threadgroup=(SIMDGROUPS * 32, 1, 1),
+        grid=(groups * simdgroups * 32, 1, 1),
+        threadgroup=(simdgroups * 32, 1, 1),
     )
     rows, next_keys, next_values = execute(launch)
     return rows, next_keys, next_values
@@ -138,65 +149,86 @@ def store(
 
 def _constants(layout: PageLayout) -> dict[str, int]:
     """What the kernel is compiled with for a layout, whatever its launch."""
-    k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
+    k_width, v_width = layout.config.k_width, layout.config.v_width
     return {
         "D": layout.dim,
         "M": hadamard_factor(layout.dim),
         "ROW": layout.row_bytes,
-        "K_STEPS": len(KEY_CLIPS[k_bits]),
-        "V_STEPS": len(VALUE_CLIPS[v_bits]),
-        "SEARCH_TERMS": SEARCH_TERMS[v_bits],
-        "TERMS": CELL_TERMS[v_bits],
-        "GROUPS": SIMDGROUPS,
+        "K_STEPS": len(KEY_CLIPS.get(k_width, [None])),  # trellis codes search none
+        "V_STEPS": len(VALUE_CLIPS.get(v_width, [None])),
+        "SEARCH_TERMS": SEARCH_TERMS.get(v_width, 1),
+        "TERMS": CELL_TERMS.get(v_width, 1),
         "TAIL": TAIL,
         "COPIED": COPIED,
         **plane_constants(layout),
     }
 
 
-def _share(dim: int, count: int) -> int:
-    """Elements of a vector that one lane transforms: many take fewer instructions and more time.
+def _split(dim: int, count: int, trellis: bool) -> tuple[int, int, int]:
+    """How work is shared out; rows are the same bit by bit in any case.
 
-    Rows are the same bit by bit either way.
+    Returns:
+        Elements of a vector that one lane transforms, lanes that find the trellis codes of two
+        vectors in either direction, and SIMD-groups of a threadgroup. Many elements or few lanes
+        take fewer instructions and more time.
     """
-    factor = hadamard_factor(dim)
-    if factor != 1:
-        return factor
-    return 32 if count >= MANY else 16
+    many = count >= MANY
+    share = hadamard_factor(dim)
+    if share == 1:
+        share = 32 if many and not trellis else 16
+    lanes = FEW_LANES if trellis and many and dim <= FEW_LANES_DIM else MANY_LANES
+    return share, lanes, 2 if trellis else SIMDGROUPS
 
 
 @lru_cache
 def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
     """The inputs ``signs``, ``numbers`` and ``halves`` of the kernel."""
-    k_bits, v_bits = layout.config.k_bits, layout.config.v_bits
+    k_width, v_width = layout.config.k_width, layout.config.v_width
     negative = (np.array(signs(layout.dim)) < 0).reshape(-1, 2).astype(np.uint32)
     words = negative[:, 0] << 15 | negative[:, 1] << 31
 
     norm = layout.dim**-0.5  # the kernel's rotation leaves it out
-    codebook = value_codebook(v_bits)
-    k_steps = np.array(KEY_CLIPS[k_bits]) / 2 ** (k_bits - 1)
-    v_steps = np.array(VALUE_CLIPS[v_bits]) / codebook.largest
-    unit = v_steps[len(v_steps) // 2]
-    steps = v_steps / unit  # in the units in which cells are found
-    b, a_by_b, c_by_b = codebook.coefficients
-    cells = [codebook.cell_polynomial(CELL_TERMS[v_bits], step) for step in steps]
-    numbers = [
-        *(k_steps**2, k_steps * norm * KEY_GAINS[k_bits], 1 / k_steps / (2**k_bits - 1)),
-        *(steps**2, v_steps * norm * VALUE_GAINS[v_bits]),
-        (1 / unit, codebook.cell_centre),
-        *(-np.array(cells) / (2**v_bits - 1)),
-    ]
-    searched = [codebook.cell_polynomial(SEARCH_TERMS[v_bits], step) for step in steps]
-    halves = [
-        *(1 / k_steps, 1 / k_steps / (2 ** (k_bits - 1) - 0.75)),
-        *(1 / (steps * b), (codebook.cell_centre, a_by_b, c_by_b)),
-        *(np.array(searched) / (2 ** (v_bits - 1) - 0.75)),
-    ]
-    numbers, halves = np.concatenate(numbers), np.concatenate(halves)
+    books = [TRELLIS_LEVELS[width] for width in (k_width, v_width) if width in TRELLIS_WIDTHS]
+    levels = [np.array(book.levels(mx.arange(1 << book.bits))) for book in books]
+    k_numbers, k_halves = _key_tables(k_width, norm)
+    v_numbers, v_halves = _value_tables(v_width, norm)
+    room = np.zeros(8)  # MLX passes fewer numbers in another address space
+    numbers = np.concatenate([*k_numbers, *v_numbers, room])
+    halves = np.concatenate([*levels, *k_halves, *v_halves])
     pairs = halves.astype(np.float16).view(np.uint16) * np.uint32(0x10001)
     tables = mx.array(words), mx.array(numbers.astype(np.float32)), mx.array(pairs)
     mx.eval(*tables)
     return tables
+
+
+def _key_tables(width: int, norm: float) -> _Tables:
+    if width in TRELLIS_WIDTHS:
+        return [np.array([norm * KEY_GAINS[width], TRELLIS_ERRORS[width]])], []
+    steps = np.array(KEY_CLIPS[width]) / 2 ** (width - 1)
+    numbers = [steps**2, steps * norm * KEY_GAINS[width], 1 / steps / (2**width - 1)]
+    return numbers, [1 / steps, 1 / steps / (2 ** (width - 1) - 0.75)]
+
+
+def _value_tables(width: int, norm: float) -> _Tables:
+    if width in TRELLIS_WIDTHS:
+        return [np.array([norm * VALUE_GAINS[width], TRELLIS_ERRORS[width]])], []
+    codebook = Gaussian(width)
+    v_steps = np.array(VALUE_CLIPS[width]) / codebook.largest
+    unit = v_steps[len(v_steps) // 2]
+    steps = v_steps / unit  # in the units in which cells are found
+    b, a_by_b, c_by_b = codebook.coefficients
+    centre = codebook.cell_centre
+    cells = [codebook.cell_polynomial(CELL_TERMS[width], step) for step in steps]
+    searched = [codebook.cell_polynomial(SEARCH_TERMS[width], step) for step in steps]
+    numbers = [
+        *(steps**2, v_steps * norm * VALUE_GAINS[width], np.array([1 / unit, centre])),
+        *(-np.array(cells) / (2**width - 1)),
+    ]
+    halves = [
+        *(1 / (steps * b), np.array([centre, a_by_b, c_by_b])),
+        *(np.array(searched) / (2 ** (width - 1) - 0.75)),
+    ]
+    return numbers, halves
 
 
 @lru_cache(maxsize=LAYERS)

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..codebook import key_codebook, value_codebook
 from ..layout import PLANE_BITS, PageLayout
+from ..trellis import packed_taps
 from .launch import Executor, Launch, integers, on_gpu
 
 THREADS = 256
@@ -71,22 +72,26 @@ def gather(
 
 
 def plane_constants(layout: PageLayout) -> dict[str, int]:
-    """Widths of the planes and where they begin in a row, by the names of the kernel."""
+    """Widths of the planes and where they begin in a row, by the names of the kernel.
+
+    The high bits of a trellis code are planes of one bit each, one behind the other.
+    """
     constants: dict[str, int] = {}
     starts = [0, *accumulate(layout.plane_bytes)]
     number = 0
-    for name, bits in (("K", layout.config.k_bits), ("V", layout.config.v_bits)):
-        low, high, *_ = (*PLANE_BITS[bits], 0)
-        constants |= {f"{name}_LOW": low, f"{name}_HIGH": high}
+    for name, width in (("K", layout.config.k_width), ("V", layout.config.v_width)):
+        planes = PLANE_BITS[width]
+        low, high = planes[0], sum(planes[1:])
+        constants |= {f"{name}_LOW": low, f"{name}_HIGH": high, f"{name}_TAPS": packed_taps(width)}
         constants |= {f"{name}_LOW_AT": starts[number], f"{name}_HIGH_AT": starts[number + 1]}
-        number += len(PLANE_BITS[bits])
+        number += len(planes)
     return constants | {"SCALES_AT": layout.code_bytes}
 
 
 @lru_cache
 def _tables(layout: PageLayout) -> tuple[mx.array, mx.array]:
-    """Offsets ``(block_size, row_bytes)`` uint32, and the levels of key and value codes."""
-    codebooks = key_codebook(layout.config.k_bits), value_codebook(layout.config.v_bits)
+    """Offsets ``(block_size, row_bytes)`` uint32, and the levels of keys and values."""
+    codebooks = key_codebook(layout.config.k_width), value_codebook(layout.config.v_width)
     levels = mx.concatenate([book.levels(mx.arange(2**book.bits)) for book in codebooks])
     tables = mx.array(layout.byte_offsets), levels
     mx.eval(*tables)

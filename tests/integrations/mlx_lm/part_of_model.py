@@ -89,7 +89,7 @@ def seen(kind, folder):
         "logits": logits_of(model, pools.make_prompt_cache()),
         "uncentred": logits_of(model, make_prompt_cache(model, CONFIG)),
         "heads": [pool.num_kv_heads for pool in pools.pools],
-        "k_bits": [pool.layout.config.k_bits for pool in pools.pools],
+        "k_width": [pool.layout.config.k_width for pool in pools.pools],
         "block_bytes": [pool.block_bytes for pool in pools.pools],
         "centred": [centre is not None for centre in measured.centres],
         "fingerprint": [int(measured.fingerprint, 16) % 2**62],

@@ -84,6 +84,21 @@ def test_eight_prompts_that_join_and_leave_are_what_they_are_alone(model, pools)
     assert pools.used_blocks == 0
 
 
+@pytest.mark.parametrize("preset", ["tq3", "tq2"])
+def test_trellis_codes_in_a_batch_are_what_they_are_alone(model, preset):
+    config = TurboQuantConfig.from_names(preset)
+    pools = CachePools(model, config)
+    pools.attach()
+    try:
+        generator = BatchGenerator(model)
+        uids = generator.insert(PROMPTS[:3], [6] * 3)
+        found = batched(generator, uids)
+    finally:
+        pools.detach()
+    for uid, prompt in zip(uids, PROMPTS, strict=False):
+        assert found[uid] == alone(model, prompt, 6, config)
+
+
 def test_a_sequence_that_is_removed_frees_its_blocks_and_leaves_the_others_alone(model, pools):
     generator = BatchGenerator(model)
     uids = generator.insert(PROMPTS[:4], [15] * 4)

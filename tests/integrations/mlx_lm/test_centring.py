@@ -16,7 +16,7 @@ from vllm_metal_tq.calibration import Calibration
 from vllm_metal_tq.integrations.mlx_lm import calibrate
 from vllm_metal_tq.integrations.mlx_lm.measure import layer_ropes
 
-CODES = TurboQuantConfig(k_bits=3, v_bits=8)  # errors are those of keys
+CODES = TurboQuantConfig(k_width=3, v_width=8)  # errors are those of keys
 WINDOWS = [*["sliding_attention"] * 2, "full_attention"]
 TURNING = {  # pairs of a head's 32
     "plain": 32,

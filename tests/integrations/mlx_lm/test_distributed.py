@@ -77,13 +77,13 @@ def test_logits_are_the_same_to_the_bit_in_all_of_them(kind, together):
 def test_each_compresses_its_own_heads_or_layers(kind, alone, together):
     whole, parts = alone[1][kind], together[kind]
     if kind == "pipeline":  # the first process has the last layers
-        for name in ("heads", "k_bits", "block_bytes"):
+        for name in ("heads", "k_width", "block_bytes"):
             assert np.concatenate([own[name] for own in parts[::-1]]).tolist() == list(whole[name])
         return
     for own in parts:
         assert (own["heads"] * len(parts)).tolist() == whole["heads"].tolist()
         assert (own["block_bytes"] * len(parts)).tolist() == whole["block_bytes"].tolist()
-        assert own["k_bits"].tolist() == whole["k_bits"].tolist()
+        assert own["k_width"].tolist() == whole["k_width"].tolist()
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -146,6 +146,27 @@ class TestReloadedEqualsNeverSaved:
         assert mx.array_equal(loaded[1].sequences.centre.mu, measured.centres[1].mu)
         assert greedy(model, loaded) == greedy(model, cache)
 
+    @pytest.mark.parametrize("preset", ["tq3", "tq2"])
+    def test_with_trellis_codes(self, model, tmp_path, preset):
+        cache = make_prompt_cache(model, TurboQuantConfig.from_names(preset))
+        model(tokens(PROMPT), cache=cache)
+        loaded = saved_and_loaded(model, cache, tmp_path)
+        assert_same(loaded, cache)
+        assert [c.layout.config.label for c in loaded] == [preset] * 3
+        assert greedy(model, loaded, count=3) == greedy(model, cache, count=3)
+
+    @pytest.mark.parametrize(
+        ("widths", "name"), [((3, 3), "q3_0/q3_0"), ((2, 2), "q2_0/q2_0"), ((19, 18), "t3/t2")]
+    )
+    def test_the_numbers_that_stand_for_widths_are_for_good(self, model, tmp_path, widths, name):
+        cache = make_prompt_cache(model, TurboQuantConfig(*widths))
+        model(tokens(PROMPT), cache=cache)
+        (loaded, *_) = saved_and_loaded(model, cache, tmp_path)
+        _, header = mx.load(str(tmp_path / "prompt.safetensors"), return_metadata=True)
+        assert [layer["config"] for layer in json.loads(header["layers"])] == [[*widths, 16]] * 3
+        assert tuple(loaded.state[1][1:4].tolist()) == (*widths, 16)
+        assert loaded.layout.config.label == name
+
     def test_after_tokens_were_dropped(self, model, tmp_path):
         cache = make_prompt_cache(model, max_kv_size=48)
         for i in range(3):

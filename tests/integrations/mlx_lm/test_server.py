@@ -123,6 +123,22 @@ def test_what_a_client_gets_is_what_mlx_lm_generates(served, model):
     assert text_of(served, prompt, 10) == words.decode(alone)
 
 
+@pytest.mark.parametrize("preset", ["tq3", "tq2"])
+def test_trellis_codes_are_served_to_several_at_once(model, preset):
+    config, words = TurboQuantConfig.from_names(preset), serving.tokenizer()
+    prompts = [f"{name} " * 8 for name in ("one", "three", "seven")]
+    alone = [
+        words.decode(
+            models.greedy(model, CachePools(model, config).make_prompt_cache(), _array(words, p), 4)
+        )
+        for p in prompts
+    ]
+    with server(model=model, preset=preset, blocks=200) as running:
+        for _ in range(2):  # the second time from the prompt cache
+            with ThreadPoolExecutor() as pool:
+                assert list(pool.map(lambda p: text_of(running, p, 4), prompts)) == alone
+
+
 def test_windows_that_wrap_are_served_to_several_at_once():
     kinds = ["sliding_attention"] * 2 + ["full_attention"]
     model = models.llama(sliding_window=40, layer_types=kinds)

@@ -155,7 +155,7 @@ class TestTwoModels:
             caches = host.make_prompt_cache(m)
             assert {c.pool for c in caches} == set(pools.pools)
         first, second = (host.make_prompt_cache(m)[0] for m in (model, other))
-        assert (first.layout.config.k_bits, second.layout.config.k_bits) == (4, 8)
+        assert (first.layout.config.k_width, second.layout.config.k_width) == (4, 8)
         assert not set(served[0].pools) & set(served[1].pools)
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm runs t
 import vllm
 from vllm.config import VllmConfig
 
-from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.config import T3, TurboQuantConfig
 from vllm_metal_tq.integrations.vllm import plugin
 from vllm_metal_tq.integrations.vllm.settings import Settings
 
@@ -163,7 +163,7 @@ def test_vllms_own_names_choose_the_same_widths(served, name, widths):
 
 def test_a_preset_takes_precedence_over_vllms_names(served):
     assert prepared(cache_config(cache_dtype="turboquant_k8v4"), **ON, preset="tq3") == Settings(
-        TurboQuantConfig(3, 3)
+        TurboQuantConfig(T3, T3)
     )
 
 

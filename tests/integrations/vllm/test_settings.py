@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_metal_tq.config import TurboQuantConfig
+from vllm_metal_tq.config import T3, TurboQuantConfig
 from vllm_metal_tq.integrations.vllm.settings import KEYS, Settings
 
 
@@ -21,8 +21,8 @@ def test_without_names_it_is_the_default_preset_with_calibration():
 
 
 def test_every_name_is_taken():
-    got = parse(preset="tq6", v_quant="q3_0", block_size=32, calibration="c.safetensors")
-    assert got == Settings(TurboQuantConfig(6, 3, 32), calibration="c.safetensors")
+    got = parse(preset="tq6", v_quant="t3", block_size=32, calibration="c.safetensors")
+    assert got == Settings(TurboQuantConfig(6, T3, 32), calibration="c.safetensors")
     assert parse(calibration=False).calibration is False
 
 

@@ -12,7 +12,7 @@ import vllm
 from planning import HEADS, dense, field_values, packed, sliding, state
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, WIDTHS, TurboQuantConfig
+from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, T2, T3, WIDTHS, TurboQuantConfig
 from vllm_metal_tq.integrations.vllm import spec as spec_module
 from vllm_metal_tq.integrations.vllm.spec import (
     TurboQuantAttentionSpec,
@@ -30,15 +30,15 @@ KINDS = pytest.mark.parametrize("kind", [dense, sliding])
 def attention(**changes):
     """A compressed layer's spec, 8-bit keys and 6-bit values."""
     given = {"block_size": 16, "num_kv_heads": HEADS, "head_size": 128, "dtype": torch.uint8}
-    return TurboQuantAttentionSpec(**{**given, "k_bits": 8, "v_bits": 6, **changes})
+    return TurboQuantAttentionSpec(**{**given, "k_width": 8, "v_width": 6, **changes})
 
 
 @KINDS
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_a_block_is_a_page_of_the_layout_for_each_kv_head(kind, bits, head_dim, block_size):
-    config = TurboQuantConfig(bits, 4, block_size)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_block_is_a_page_of_the_layout_for_each_kv_head(kind, width, head_dim, block_size):
+    config = TurboQuantConfig(width, 4, block_size)
     spec = compressed(kind(head_dim, block_size), config)
     assert spec.page_size_bytes == HEADS * PageLayout(config, head_dim).page_bytes
 
@@ -74,8 +74,8 @@ def test_a_block_of_other_tokens_has_other_bytes():
         ({"block_size": 24}, "block_size 24 does not fit .* multiple of 16"),
         ({"head_size": 7}, "head_dim 7 cannot be rotated"),
         ({"head_size_v": 64}, "keys of 128 and values of 64 elements cannot be compressed"),
-        ({"k_bits": 7}, "k_bits 7 is unknown"),
-        ({"v_bits": 1}, "v_bits 1 is unknown"),
+        ({"k_width": 7}, "k_width 7 is unknown"),
+        ({"v_width": 1}, "v_width 1 is unknown"),
         ({"dtype": torch.bfloat16}, "dtype torch.bfloat16: compressed pages are torch.uint8"),
     ],
 )
@@ -104,8 +104,8 @@ def test_merging_keeps_fields_that_a_newer_version_adds():
 @pytest.mark.parametrize(
     "change",
     [
-        {"k_bits": 4},
-        {"v_bits": 4},
+        {"k_width": 4},
+        {"v_width": 4},
         {"head_size": 64, "head_size_v": 64},
         {"num_kv_heads": 4},
         {"block_size": 32},
@@ -135,8 +135,8 @@ def test_the_compressed_twin_keeps_every_field_but_the_dtype(kind):
     assert field_values(twin) == {
         **field_values(spec),
         "dtype": torch.uint8,
-        "k_bits": 5,
-        "v_bits": 3,
+        "k_width": 5,
+        "v_width": 3,
     }
 
 
@@ -170,7 +170,7 @@ def test_the_config_of_a_whole_model_is_refused():
     config = TurboQuantConfig.from_names("tq4", layers="0-1=tq8")
     with pytest.raises(ValueError, match="for_layer"):
         compressed(dense(), config)
-    assert compressed(dense(), config.for_layer(0)).k_bits == 8
+    assert compressed(dense(), config.for_layer(0)).k_width == 8
 
 
 def test_a_block_that_is_half_a_page_is_refused():
@@ -179,12 +179,20 @@ def test_a_block_that_is_half_a_page_is_refused():
 
 
 @KINDS
-def test_specs_travel_between_processes(kind):
-    spec = packed("tq8", kind())
+@pytest.mark.parametrize("preset", ["tq8", "tq3"])
+def test_specs_travel_between_processes(kind, preset):
+    spec = packed(preset, kind())
     copy = pickle.loads(pickle.dumps(spec))
     assert copy == spec
     assert hash(copy) == hash(spec)
     assert copy.page_size_bytes == spec.page_size_bytes
+
+
+def test_scalar_and_trellis_codes_of_as_many_bits_take_as_much_but_are_not_merged():
+    scalar, trellis = attention(k_width=3, v_width=2), attention(k_width=T3, v_width=T2)
+    assert scalar.page_size_bytes == trellis.page_size_bytes
+    with pytest.raises(AssertionError, match="share no spec"):
+        TurboQuantAttentionSpec.merge([scalar, trellis])
 
 
 def test_this_version_of_vllm_plans_with_our_bytes():

@@ -273,8 +273,8 @@ class TurboQuantKVCache(host._BaseCache):
             return self.compacted().state  # nobody else's pages
         header = [
             STATE_VERSION,
-            self.layout.config.k_bits,
-            self.layout.config.v_bits,
+            self.layout.config.k_width,
+            self.layout.config.v_width,
             self.layout.config.block_size,
             self.layout.head_dim,
             self.pool.num_kv_heads,
@@ -306,9 +306,9 @@ class TurboQuantKVCache(host._BaseCache):
         """
         pages, header, *rest = state
         numbers = _numbers(header)
-        k_bits, v_bits, block_size, head_dim, num_kv_heads, max_kv_size, window = numbers[:7]
+        k_width, v_width, block_size, head_dim, num_kv_heads, max_kv_size, window = numbers[:7]
         offset, count, tail_length, centred, v_head_dim, *blocks = numbers[7:]
-        config = TurboQuantConfig(k_bits, v_bits, block_size)
+        config = TurboQuantConfig(k_width, v_width, block_size)
         pool = PagePool(PageLayout(config, head_dim, v_head_dim), num_kv_heads)
         cache = cls(pool, max_kv_size=max_kv_size or None, window=window)
         tail = rest[: 2 if tail_length else 0]

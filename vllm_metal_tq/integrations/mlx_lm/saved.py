@@ -310,7 +310,7 @@ def _record(cache: Any, name: str, arrays: dict[str, mx.array]) -> Record:
 
 def _widths(cache: TurboQuantKVCache) -> list[int]:
     config = cache.layout.config
-    return [config.k_bits, config.v_bits, config.block_size]
+    return [config.k_width, config.v_width, config.block_size]
 
 
 def _packed(value: object, name: str, arrays: dict[str, mx.array]) -> object:

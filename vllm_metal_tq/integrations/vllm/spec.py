@@ -54,8 +54,8 @@ class _CompressedPages(_Spec):
     head_size: int
     head_size_v: int
     dtype: torch.dtype
-    k_bits: int
-    v_bits: int
+    k_width: int
+    v_width: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class _CompressedPages(_Spec):
 
     @property
     def _config(self) -> TurboQuantConfig:
-        return TurboQuantConfig(self.k_bits, self.v_bits)
+        return TurboQuantConfig(self.k_width, self.v_width)
 
     @property
     def unpadded_page_size_bytes(self) -> int:
@@ -111,15 +111,15 @@ class TurboQuantAttentionSpec(_CompressedPages, FullAttentionSpec):
     """A full-attention layer whose keys and values are compressed.
 
     Attributes:
-        k_bits: bits of a key code.
-        v_bits: bits of a value code.
+        k_width: code of keys, one of ``config.WIDTHS``.
+        v_width: likewise of values.
 
     Raises:
         ValueError: the block size, the head size, the dtype or a width does not fit our pages.
     """
 
-    k_bits: int
-    v_bits: int
+    k_width: int
+    v_width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +131,15 @@ class TurboQuantSlidingWindowSpec(_CompressedPages, SlidingWindowSpec):
     there.
 
     Attributes:
-        k_bits: bits of a key code.
-        v_bits: bits of a value code.
+        k_width: code of keys, one of ``config.WIDTHS``.
+        v_width: likewise of values.
 
     Raises:
         ValueError: the block size, the head size, the dtype or a width does not fit our pages.
     """
 
-    k_bits: int
-    v_bits: int
+    k_width: int
+    v_width: int
 
 
 _TWINS = {
@@ -173,7 +173,7 @@ def compressed(spec: KVCacheSpec, config: TurboQuantConfig) -> KVCacheSpec:
             f"blocks of {spec.block_size} tokens are not made of pages of {config.block_size}"
         )
     kept = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    return twin(**kept | {"dtype": PAGE_DTYPE}, k_bits=config.k_bits, v_bits=config.v_bits)
+    return twin(**kept | {"dtype": PAGE_DTYPE}, k_width=config.k_width, v_width=config.v_width)
 
 
 def check_page_size() -> None:
