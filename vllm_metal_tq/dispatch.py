@@ -33,11 +33,15 @@ COMPILED = 1024  # functions kept: with centres each layer has its own
 
 @lru_cache
 def executor(layout: PageLayout) -> Executor | None:
-    """What runs the kernels for this layout, or None where the reference serves."""
-    if mx.default_device() != mx.gpu or layout.dim > decode_kernel.MAX_DIM:
+    """What runs the kernels for this layout, or None where the reference serves.
+
+    Beyond ``decode_kernel.MAX_DIM`` these are encode and gather: ``attend_last`` asks again.
+    """
+    if mx.default_device() != mx.gpu or layout.dim > encode_kernel.MAX_DIM:
         return None
-    served = {decode_kernel.variant_for(columns, layout.dim) for columns in range(1, 9)}
-    failed = [result for result in check(layout, variants=sorted(served)) if not result.ok]
+    columns = range(1, 9) if layout.dim <= decode_kernel.MAX_DIM else ()
+    variants = sorted({decode_kernel.variant_for(count, layout.dim) for count in columns})
+    failed = [result for result in check(layout, variants=variants) if not result.ok]
     if not failed:
         return on_gpu
     names = ", ".join(f"{result.name} ({result.message or 'wrong result'})" for result in failed)
@@ -263,10 +267,11 @@ def attend_last(
     Returns:
         ``(B, num_heads, L, head_dim)``, or None where the kernels do not serve.
     """
-    pool, rows = tables[0].pool, queries.shape[2]
+    pool, rows, dim = tables[0].pool, queries.shape[2], tables[0].pool.layout.dim
     past = [table.num_tokens - n for table, n in zip(tables, tail.lengths, strict=True)]
     execute = executor(pool.layout)
-    served = _in_order(mask, rows) and rows <= decode_kernel.MAX_ROWS
+    fits = rows <= decode_kernel.MAX_ROWS and dim <= decode_kernel.MAX_DIM
+    served = fits and _in_order(mask, rows)
     if not execute or not served or not tail.arrays or not max(past):
         return None
     # A power of two, so that a growing context seldom asks for another compiled function.

@@ -71,6 +71,14 @@ def test_trellis_codes_are_checked_and_right():
 
 
 @needs_simulator
+@pytest.mark.parametrize("widths", [(4, 4), (T2, T3)])
+def test_without_variants_what_decode_does_not_take_is_checked(widths):
+    checks = check(PageLayout(TurboQuantConfig(*widths), 512), simulate, variants=[])
+    assert [(c.name, c.variant) for c in checks] == ALL[:2]
+    assert all(c.ok for c in checks), checks
+
+
+@needs_simulator
 def test_another_trellis_is_noticed_by_all_that_read_or_write_it():
     taps = {"K_TAPS", "KT"}
 

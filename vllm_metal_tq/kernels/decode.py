@@ -18,7 +18,7 @@ from . import centre as tables
 from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
 MAX_ROWS = 8
-MAX_DIM = 256
+MAX_DIM = 256  # 32 lanes of 8 dimensions of the values
 THREADGROUP_BYTES = 32768
 SIMD = 32
 SIMDGROUPS = 8  # of a threadgroup, at most
