@@ -3,9 +3,10 @@ import pytest
 from models import llama, tokens
 
 from vllm_metal_tq import TurboQuantConfig, budget, safetensors
+from vllm_metal_tq.config import bits_of
 from vllm_metal_tq.evaluate import compressed
 from vllm_metal_tq.integrations.mlx_lm import calibrate
-from vllm_metal_tq.layout import PLANE_BITS, PageLayout
+from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.sweep import measure
 
 
@@ -31,7 +32,7 @@ def test_of_few_bits_codes_are_trellis_codes(bits, label):
 def test_what_matters_more_gets_more_bits():
     found = [(1.0, 1.0), (64.0, 1.0), (1.0, 1.0), (1.0, 1 / 64)]
     config = budget.assign(found, 4.25, [64] * 4)
-    got = [[sum(PLANE_BITS[width]) for width in pair] for pair in widths(config, 4)]
+    got = [[bits_of(width) for width in pair] for pair in widths(config, 4)]
     assert got[1][0] > got[0][0] > got[3][1]
     assert got[0][0] == got[2][0]
 

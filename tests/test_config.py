@@ -2,7 +2,15 @@ import re
 
 import pytest
 
-from vllm_metal_tq.config import BLOCK_SIZES, SCALAR_WIDTHS, T2, T3, WIDTHS, TurboQuantConfig
+from vllm_metal_tq.config import (
+    BLOCK_SIZES,
+    SCALAR_WIDTHS,
+    T2,
+    T3,
+    WIDTHS,
+    TurboQuantConfig,
+    bits_of,
+)
 from vllm_metal_tq.layout import SUB_BLOCK
 
 VLLM_METAL_KEYS = ["q8_0", "q5_0", "q4_0", "int8", "uint8", "int4", "uint4", "int2", "uint2"]
@@ -43,6 +51,7 @@ def test_every_width_has_a_name_for_keys_and_values(width):
     config = TurboQuantConfig.from_names(k_quant=name, v_quant=name)
     assert config == TurboQuantConfig(width, width)
     assert (config.k_quant, config.v_quant) == (name, name)
+    assert bits_of(width) == int(name[1])
 
 
 @pytest.mark.parametrize("bits", [2, 3])

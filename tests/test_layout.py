@@ -3,11 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, T2, T3, WIDTHS, TurboQuantConfig
+from vllm_metal_tq.config import BLOCK_SIZES, PRESETS, WIDTHS, TurboQuantConfig, bits_of
 from vllm_metal_tq.layout import PLANE_BITS, SUB_BLOCK, PageLayout
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-BITS = {T2: 2, T3: 3}  # of a trellis code; a scalar code's width is its bits
 
 
 def layout(k_width=4, v_width=4, head_dim=128, block_size=16):
@@ -32,7 +31,7 @@ def test_bytes_per_token_and_kv_head(preset, row_bytes):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_row_is_its_codes_and_two_fp16_scales(width, head_dim):
-    dim, bits = {80: 96}.get(head_dim, head_dim), BITS.get(width, width)
+    dim, bits = {80: 96}.get(head_dim, head_dim), bits_of(width)
     assert layout(width, 2, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
     assert layout(2, width, head_dim).row_bytes == (bits + 2) * dim // 8 + 4
 
@@ -50,7 +49,7 @@ def test_llama_3_2_1b_holds_99280_tokens_where_bf16_held_38768():
 
 
 def test_planes_add_up_to_the_width():
-    assert all(sum(planes) == BITS.get(width, width) for width, planes in PLANE_BITS.items())
+    assert all(sum(planes) == bits_of(width) for width, planes in PLANE_BITS.items())
     assert tuple(PLANE_BITS) == WIDTHS
 
 

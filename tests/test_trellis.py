@@ -11,7 +11,15 @@ from rows import decoded
 
 from vllm_metal_tq import codec, trellis
 from vllm_metal_tq.codebook import TRELLIS_LEVELS
-from vllm_metal_tq.config import SCALAR_WIDTHS, T2, T3, TRELLIS_WIDTHS, TurboQuantConfig
+from vllm_metal_tq.config import (
+    SCALAR_WIDTHS,
+    T2,
+    T3,
+    TRELLIS_WIDTHS,
+    WIDTHS,
+    TurboQuantConfig,
+    bits_of,
+)
 from vllm_metal_tq.layout import PLANE_BITS, PageLayout
 from vllm_metal_tq.rotation import rotate
 from vllm_metal_tq.trellis import MASKS, MEMORY, TRELLISES
@@ -52,7 +60,7 @@ def square_error(x, codes, width):
 def nearest_of_all(x, width, seam):
     """The least square error of any code that has this state at its seam."""
     found = np.inf
-    table = np.square(x[:, None] - levels(np.arange(8 << sum(PLANE_BITS[width]) - 1), width))
+    table = np.square(x[:, None] - levels(np.arange(8 << bits_of(width) - 1), width))
     for bits in itertools.product((0, 1), repeat=RING):
         if state(bits) == seam:
             sets = plain_numbers(bits, width)
@@ -66,7 +74,7 @@ codes_of = st.sampled_from(TRELLIS_WIDTHS).flatmap(
         st.just(width),
         st.integers(1, 6).flatmap(
             lambda n: st.lists(
-                st.integers(0, 2 ** sum(PLANE_BITS[width]) - 1), min_size=8 * n, max_size=8 * n
+                st.integers(0, 2 ** bits_of(width) - 1), min_size=8 * n, max_size=8 * n
             )
         ),
     )
@@ -100,17 +108,24 @@ def test_the_encoders_numbers_are_those_of_the_definition(drawn):
 def test_every_level_is_of_some_code(width):
     """So that the parities are independent: no set is out of reach."""
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 1 << sum(PLANE_BITS[width]), (512, 1), dtype=np.uint8)
+    codes = rng.integers(0, 1 << bits_of(width), (512, 1), dtype=np.uint8)
     numbers = TRELLISES[width].numbers(codes)
     assert np.array_equal(np.unique(numbers), np.arange(1 << TRELLIS_LEVELS[width].bits))
 
 
-def test_packed_taps_are_the_masks_seven_bits_each():
+def test_taps_of_kernels_are_the_masks_seven_bits_each():
     for width in TRELLIS_WIDTHS:
-        packed = trellis.packed_taps(width)
-        assert tuple(packed >> 7 * j & 127 for j in range(3)) == MASKS[width]
-        assert packed < 1 << 21
-    assert all(trellis.packed_taps(width) == 0 for width in SCALAR_WIDTHS)
+        *_, taps = trellis.kernel_planes(width)
+        assert tuple(taps >> 7 * j & 127 for j in range(3)) == MASKS[width]
+        assert taps < 1 << 21
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_planes_of_kernels_are_those_of_pages(width):
+    low, high, taps = trellis.kernel_planes(width)
+    assert low == PLANE_BITS[width][0]
+    assert low + high == bits_of(width)
+    assert (taps == 0) == (width in SCALAR_WIDTHS)
 
 
 @pytest.mark.parametrize("width", TRELLIS_WIDTHS)
@@ -141,7 +156,7 @@ def test_the_guess_of_the_seam_costs_little(dim, loss, width):
 @pytest.mark.parametrize("width", TRELLIS_WIDTHS)
 def test_levels_that_a_code_can_have_are_their_own_code(width):
     rng = np.random.default_rng(width)
-    codes = rng.integers(0, 1 << sum(PLANE_BITS[width]), (128, 16), dtype=np.uint8)
+    codes = rng.integers(0, 1 << bits_of(width), (128, 16), dtype=np.uint8)
     x = levels(TRELLISES[width].numbers(codes), width)
     assert np.array_equal(TRELLISES[width].codes(x), codes)
 

@@ -26,7 +26,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 
 from vllm_metal_tq.codebook import Octic  # noqa: E402
-from vllm_metal_tq.config import TRELLIS, TRELLIS_WIDTHS  # noqa: E402
+from vllm_metal_tq.config import TRELLIS_WIDTHS, bits_of  # noqa: E402
 from vllm_metal_tq.trellis import MASKS, MEMORY, PARITIES, Trellis  # noqa: E402
 
 DIM = 128  # of the vectors that levels are trained on
@@ -69,7 +69,7 @@ def normal(count: int, dim: int, seed: int) -> mx.array:
 def trained(width: int, masks: tuple[int, ...], y: mx.array, rounds: int) -> Trellis:
     """The trellis of these masks with levels for ``y``, float32 ``(n, dim)``."""
     # Two bits more than a code has: the sets are eight, and a code's c chooses one of two.
-    bits = width - TRELLIS + PARITIES - 1
+    bits = bits_of(width) + PARITIES - 1
     x = np.array(y / mx.sqrt(mx.square(y).mean(axis=-1, keepdims=True)), np.float64)
     trellis = Trellis(masks, Octic(bits, *START))
     for _ in range(rounds):

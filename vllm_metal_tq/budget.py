@@ -15,21 +15,18 @@ import mlx.nn as nn
 import mlx_lm.models.cache as host
 
 from .calibration import Calibration
-from .config import T2, T3, TurboQuantConfig
+from .codebook import ERRORS
+from .config import TurboQuantConfig, bits_of
 from .evaluate import Method, as_decoding
 from .integrations.mlx_lm import make_prompt_cache
 from .integrations.mlx_lm.parts import compressed
-from .layout import PLANE_BITS
 from .sweep import measure
 from .types import MakeCaches, Progress, PromptCache
 
 PROBED, FINE = 3, 8  # widths of the half that is measured, and of the other
 
-ERRORS = {T2: 0.0757, T3: 0.0199, 4: 0.0095, 5: 0.0025, 6: 0.00064, 8: 0.00004}
-"""The best width of each number of bits, and its mean square error on N(0, 1) (docs/codec.md)."""
-
-WIDTHS = tuple(ERRORS)
-BITS = [sum(PLANE_BITS[width]) for width in WIDTHS]
+LADDER = tuple(ERRORS)
+BITS = [bits_of(width) for width in LADDER]
 
 Halves = tuple[float, float]
 """A figure of a layer's keys and one of its values."""
@@ -111,18 +108,18 @@ def assign(
     layers = [i for i, pair in enumerate(found) if pair]
 
     def gain(key: tuple[int, int]) -> float:
-        width, wider = WIDTHS[halves[key] : halves[key] + 2]
+        width, wider = LADDER[halves[key] : halves[key] + 2]
         return figures[key] * (ERRORS[width] - ERRORS[wider]) / cost(key)
 
     def cost(key: tuple[int, int]) -> int:
         return BITS[halves[key] + 1] - BITS[halves[key]]
 
     while True:
-        open_ones = [k for k, i in halves.items() if i + 1 < len(WIDTHS) and cost(k) <= left]
+        open_ones = [k for k, i in halves.items() if i + 1 < len(LADDER) and cost(k) <= left]
         if not open_ones:
             break
         best = max(open_ones, key=gain)
         left -= cost(best)
         halves[best] += 1
-    own = [(i, i, WIDTHS[halves[i, 0]], WIDTHS[halves[i, 1]]) for i in layers]
+    own = [(i, i, LADDER[halves[i, 0]], LADDER[halves[i, 1]]) for i in layers]
     return replace(TurboQuantConfig.from_names(), layer_overrides=tuple(own))

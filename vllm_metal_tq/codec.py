@@ -17,7 +17,7 @@ that of the value's the flag g.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import mlx.core as mx
@@ -290,15 +290,21 @@ def _pack(codes: mx.array, width: int) -> list[mx.array]:
 
 def _unpack(planes: list[mx.array], width: int) -> mx.array:
     """The numbers of levels that planes stand for, uint8 ``(..., dim)``."""
-    planes, widths = unfolded(planes, width)
-    numbers, *rest = map(fields, planes, widths)
-    for shift, part in zip(accumulate(widths), rest, strict=False):
+    planes, bits = unfolded(planes, width)
+    return joined(map(fields, planes, bits), bits)
+
+
+def joined(parts: Iterable[Array], bits: Sequence[int]) -> Array:
+    """Uint8 numbers of which the parts, of one shape, are so many bits each, the low ones first."""
+    parts = iter(parts)
+    numbers = next(parts)
+    for part, shift in zip(parts, accumulate(bits), strict=False):
         numbers = numbers | part << shift
     return numbers
 
 
 def unfolded(planes: list[Array], width: int) -> tuple[list[Array], tuple[int, ...]]:
-    """Planes whose fields together are numbers of levels, and their widths.
+    """Planes whose fields together are numbers of levels, and bits of these fields.
 
     Those of scalar codes are what is stored.
     """
@@ -308,19 +314,19 @@ def unfolded(planes: list[Array], width: int) -> tuple[list[Array], tuple[int, .
     return planes, (1,) * len(planes)
 
 
-def fields(plane: mx.array, width: int) -> mx.array:
-    """Give every field of ``width`` bits a byte of its own.
+def fields(plane: mx.array, bits: int) -> mx.array:
+    """Give every field of so many bits a byte of its own.
 
     Moving all fields of a byte at once, in an integer with a byte for each, takes half the time
-    of stacking them on a CPU: field i comes from bit i*width to bit 8*i.
+    of stacking them on a CPU: field i comes from bit i*bits to bit 8*i.
     """
-    if width == 8:
+    if bits == 8:
         return plane
-    wide = plane.astype({1: mx.uint64, 2: mx.uint32, 4: mx.uint16}[width])
+    wide = plane.astype({1: mx.uint64, 2: mx.uint32, 4: mx.uint16}[bits])
     spread = wide
-    for i in range(1, 8 // width):
-        spread = spread | (wide << (i * (8 - width)))
-    return spread.view(mx.uint8) & ((1 << width) - 1)
+    for i in range(1, 8 // bits):
+        spread = spread | (wide << (i * (8 - bits)))
+    return spread.view(mx.uint8) & ((1 << bits) - 1)
 
 
 def _what_is_wrong(keys: mx.array, values: mx.array) -> str:

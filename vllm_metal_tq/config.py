@@ -41,6 +41,12 @@ QUANT_NAMES = _CANONICAL | {f"{kind}{bits}": bits for bits in (2, 4, 8) for kind
 QUANT_OF = {width: name for name, width in _CANONICAL.items()}
 """Width -> its canonical name."""
 
+
+def bits_of(width: int) -> int:
+    """Bits of a code of a width."""
+    return width % TRELLIS
+
+
 _IN_MESSAGES: dict[object, str] = {T2: f"T2 ({T2})", T3: f"T3 ({T3})"}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
@@ -188,26 +187,25 @@ def _levels(
         work for new memory, which costs as much as the levels themselves.
     """
     shape = (*planes[0].shape[:2], -1)
-    planes, widths = codec.unfolded(planes, width)
+    planes, bits = codec.unfolded(planes, width)
     codes = planes[0]
     if len(planes) > 1:  # join them first, to a byte for each code
-        codes = np.zeros((), np.uint8)
-        for plane, bits, shift in zip(planes, widths, accumulate(widths, initial=0), strict=False):
-            codes = codes | np.take(_fields(bits), plane, axis=0).reshape(shape) << shift
-        widths = (8,)
-    table = _level_table(codebook(width), *widths)
+        parts = (np.take(_fields(n), x, axis=0) for n, x in zip(bits, planes, strict=True))
+        codes = codec.joined((part.reshape(shape) for part in parts), bits)
+        bits = (8,)
+    table = _level_table(codebook(width), *bits)
     out = out[: codes.size * table.shape[1]]
     np.take(table, codes, axis=0, out=out.reshape(*codes.shape, -1), mode="clip")
     return out.reshape(shape)
 
 
 @lru_cache
-def _fields(width: int) -> np.ndarray:
-    """All fields of all bytes: uint8 ``(256, 8 / width)``."""
-    return np.array(codec.fields(mx.arange(256).astype(mx.uint8)[:, None], width))
+def _fields(bits: int) -> np.ndarray:
+    """All fields of all bytes: uint8 ``(256, 8 / bits)``."""
+    return np.array(codec.fields(mx.arange(256).astype(mx.uint8)[:, None], bits))
 
 
 @lru_cache
-def _level_table(codebook: Codebook, width: int) -> np.ndarray:
-    """Levels of all fields of all bytes: float32 ``(256, 8 / width)``."""
-    return np.array(codebook.levels(mx.array(_fields(width))))
+def _level_table(codebook: Codebook, bits: int) -> np.ndarray:
+    """Levels of all fields of all bytes: float32 ``(256, 8 / bits)``."""
+    return np.array(codebook.levels(mx.array(_fields(bits))))

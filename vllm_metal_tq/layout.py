@@ -39,7 +39,7 @@ PLANE_BITS = {
     **{2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)},
     **{T2: (1, 1), T3: (1, 1, 1)},
 }
-"""Code width -> widths of its planes, from the code's low bits to its high bits."""
+"""Code width -> bits of its planes, from the code's low bits to its high bits."""
 
 SUB_BLOCK = 16
 UNIT = 128

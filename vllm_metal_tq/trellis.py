@@ -20,7 +20,7 @@ import numpy as np
 
 from .codebook import TRELLIS_LEVELS, Octic
 from .config import T2, T3
-from .layout import Array
+from .layout import PLANE_BITS, Array
 
 MEMORY = 6  # c's before an element that its level depends on
 STATES = 1 << MEMORY
@@ -36,9 +36,14 @@ tools/train_trellis.py measures them, and says where they come from.
 """
 
 
-def packed_taps(width: int) -> int:
-    """``MASKS`` as kernels take them, 7 bits each; 0 of a scalar width."""
-    return sum(mask << (MEMORY + 1) * j for j, mask in enumerate(MASKS.get(width, ())))
+def kernel_planes(width: int) -> tuple[int, int, int]:
+    """What kernels are told of a width: bits of its first plane and of all others, and taps.
+
+    Taps are ``MASKS``, 7 bits each; 0 of a scalar width.
+    """
+    low, *high = PLANE_BITS[width]
+    taps = sum(mask << (MEMORY + 1) * j for j, mask in enumerate(MASKS.get(width, ())))
+    return low, sum(high), taps
 
 
 def unfold(planes: list[Array], width: int) -> list[Array]:

@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from ..centre import Centre
 from ..codebook import Octic, key_codebook, value_codebook
-from ..layout import PLANE_BITS, PageLayout
+from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
 from ..tail import TAIL, Rings
-from ..trellis import packed_taps
+from ..trellis import kernel_planes
 from . import centre as tables
 from .launch import Executor, Launch, dialect, integers, numbers, on_gpu
 
@@ -125,7 +125,8 @@ def _decode_launch(
     centring = _centring(centre, variant, width, dim, simdgroups, tokens)
     max_blocks = block_table.shape[1]
     template = _template(queries, layout, options, centre) | {"BS": layout.config.block_size}
-    template |= _planes("K", layout.config.k_width) | _planes("V", layout.config.v_width)
+    template |= zip(("KL", "KH", "KT"), kernel_planes(layout.config.k_width), strict=True)
+    template |= zip(("VL", "VH", "VT"), kernel_planes(layout.config.v_width), strict=True)
     template |= {"N": width, "NSG": simdgroups, "NB": _sub_blocks(layout)}
     template |= {"SPARSE": int(options.sparse_v > 0)} | centring.template
     return Launch(
@@ -148,12 +149,6 @@ def _decode_launch(
         (splits * simdgroups * SIMD, num_kv_heads * groups, batch),
         (simdgroups * SIMD, 1, 1),
     )
-
-
-def _planes(name: str, width: int) -> dict[str, int]:
-    """Bits of the first plane and of all others, and taps, of ``K`` or ``V``."""
-    low, *high = PLANE_BITS[width]
-    return {f"{name}L": low, f"{name}H": sum(high), f"{name}T": packed_taps(width)}
 
 
 def _levels(layout: PageLayout) -> tuple[float, ...]:

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..centre import Centre
-from ..codebook import CELL_TERMS, TRELLIS_LEVELS, Gaussian
+from ..codebook import CELL_TERMS, ERRORS, TRELLIS_LEVELS, Gaussian
 from ..codec import KEY_CLIPS, KEY_GAINS, VALUE_CLIPS, VALUE_GAINS
-from ..config import T2, T3, TRELLIS_WIDTHS
+from ..config import TRELLIS_WIDTHS
 from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
 from ..tail import TAIL
@@ -26,8 +26,6 @@ COPIED = 2  # words of the tail, of up to 16 bytes, that a thread copies
 LAYERS = 512  # of which tables are kept
 SEARCH_TERMS = {2: 1, 3: 3, 4: 3, 5: 5, 6: 7, 8: 9}
 """Value width -> terms of the polynomial that takes a value to its cell during the search."""
-TRELLIS_ERRORS = {T2: 0.075, T3: 0.02}
-"""Trellis width -> square error of an element, about: sums less so much stay small in halves."""
 
 _Tables = tuple[list[np.ndarray], list[np.ndarray]]
 """What ``numbers`` and ``halves`` have of keys or of values, levels of trellis codes left out."""
@@ -190,8 +188,8 @@ def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
     norm = layout.dim**-0.5  # the kernel's rotation leaves it out
     books = [TRELLIS_LEVELS[width] for width in (k_width, v_width) if width in TRELLIS_WIDTHS]
     levels = [np.array(book.levels(mx.arange(1 << book.bits))) for book in books]
-    k_numbers, k_halves = _key_tables(k_width, norm)
-    v_numbers, v_halves = _value_tables(v_width, norm)
+    k_numbers, k_halves = _of_trellis(k_width, KEY_GAINS, norm) or _key_tables(k_width, norm)
+    v_numbers, v_halves = _of_trellis(v_width, VALUE_GAINS, norm) or _value_tables(v_width, norm)
     room = np.zeros(8)  # MLX passes fewer numbers in another address space
     numbers = np.concatenate([*k_numbers, *v_numbers, room])
     halves = np.concatenate([*levels, *k_halves, *v_halves])
@@ -201,17 +199,20 @@ def _tables(layout: PageLayout) -> tuple[mx.array, ...]:
     return tables
 
 
+def _of_trellis(width: int, gains: dict[int, float], norm: float) -> _Tables | None:
+    if width not in TRELLIS_WIDTHS:
+        return None
+    # Less what is expected of them, sums of errors stay small in halves.
+    return [np.array([norm * gains[width], ERRORS[width]])], []
+
+
 def _key_tables(width: int, norm: float) -> _Tables:
-    if width in TRELLIS_WIDTHS:
-        return [np.array([norm * KEY_GAINS[width], TRELLIS_ERRORS[width]])], []
     steps = np.array(KEY_CLIPS[width]) / 2 ** (width - 1)
     numbers = [steps**2, steps * norm * KEY_GAINS[width], 1 / steps / (2**width - 1)]
     return numbers, [1 / steps, 1 / steps / (2 ** (width - 1) - 0.75)]
 
 
 def _value_tables(width: int, norm: float) -> _Tables:
-    if width in TRELLIS_WIDTHS:
-        return [np.array([norm * VALUE_GAINS[width], TRELLIS_ERRORS[width]])], []
     codebook = Gaussian(width)
     v_steps = np.array(VALUE_CLIPS[width]) / codebook.largest
     unit = v_steps[len(v_steps) // 2]

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..codebook import key_codebook, value_codebook
 from ..layout import PLANE_BITS, PageLayout
-from ..trellis import packed_taps
+from ..trellis import kernel_planes
 from .launch import Executor, Launch, integers, on_gpu
 
 THREADS = 256
@@ -72,7 +72,7 @@ def gather(
 
 
 def plane_constants(layout: PageLayout) -> dict[str, int]:
-    """Widths of the planes and where they begin in a row, by the names of the kernel.
+    """Bits of the planes and where they begin in a row, by the names of the kernel.
 
     The high bits of a trellis code are planes of one bit each, one behind the other.
     """
@@ -80,11 +80,10 @@ def plane_constants(layout: PageLayout) -> dict[str, int]:
     starts = [0, *accumulate(layout.plane_bytes)]
     number = 0
     for name, width in (("K", layout.config.k_width), ("V", layout.config.v_width)):
-        planes = PLANE_BITS[width]
-        low, high = planes[0], sum(planes[1:])
-        constants |= {f"{name}_LOW": low, f"{name}_HIGH": high, f"{name}_TAPS": packed_taps(width)}
+        low, high, taps = kernel_planes(width)
+        constants |= {f"{name}_LOW": low, f"{name}_HIGH": high, f"{name}_TAPS": taps}
         constants |= {f"{name}_LOW_AT": starts[number], f"{name}_HIGH_AT": starts[number + 1]}
-        number += len(planes)
+        number += len(PLANE_BITS[width])
     return constants | {"SCALES_AT": layout.code_bytes}
 
 
