@@ -15,7 +15,7 @@ from vllm_metal_tq.kernels import launch
 KERNELS = ["encode", "gather", "decode_mma", "decode_fma", "merge"]
 HEADERS = ["attention.h", "decode.h", "encode.h", "gather.h", "dialect_metal.h"]
 CENTRING = ["centre.h", "turn.h"]
-TRELLIS = ["trellis.h", "decode_fma.h"]
+TRELLIS = ["trellis.h", "viterbi.h", "decode_fma.h"]
 FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS, *CENTRING, *TRELLIS]
 
 
@@ -66,7 +66,7 @@ _CHANGES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<=, )0(?=\))", "-1"),
     # The lanes that exchange values, lists of lane masks, what the bits of a lane mean.
     (r"(?<=, )ushort\(", "ushort(1 ^ "),
-    (r"\d+(?=[\d, ]*\}(?:;|$))", _twice),
+    (r"\b[1-9]\d*(?=[\d, ]*\}(?:;|$))", _twice),
     (r"(?:\blane|\(lane\)|\beighth) (?:&|>>) \d+", _more),
     # Whether there is centring, the flags of centred tokens, their positions, quarters of a turn.
     (r"\bCENTRE(?= \?)|(?<=if \()CENTRE\b", "!CENTRE"),

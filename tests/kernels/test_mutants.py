@@ -27,6 +27,7 @@ from rows import decoded
 from vllm_metal_tq import codec, msl
 from vllm_metal_tq.config import T2, T3, TurboQuantConfig
 from vllm_metal_tq.kernels import decode as decode_kernel
+from vllm_metal_tq.kernels import encode as encode_kernel
 from vllm_metal_tq.kernels import launch as launches
 from vllm_metal_tq.kernels.decode import decode
 from vllm_metal_tq.kernels.encode import encode, store
@@ -118,9 +119,18 @@ def _square_errors(rows, page, keys, values):
     return [(x - rotate(y)).square().sum().item() for x, y in pairs]
 
 
-def encodes_what_it_cannot():
+def encodes_alike(bits, head_dim):
+    """How many lanes share a vector changes no row, where many ways cost the same either."""
+    page = PageLayout(TurboQuantConfig(*bits), head_dim)
+    x = mx.concatenate([mx.eye(head_dim)[:11], mx.zeros((1, head_dim))])[None]  # rotated: flat
+    few = encode(x, x, page, run)
+    with mock.patch.object(encode_kernel, "MANY", 1):
+        return mx.array_equal(few, encode(x, x, page, run)).item()
+
+
+def encodes_what_it_cannot(bits):
     """Zeros decode to zeros; a NaN reaches the scale of its own vector only."""
-    page = PageLayout(TurboQuantConfig(4, 4), 64)
+    page = PageLayout(TurboQuantConfig(*bits), 64)
     x = mx.random.normal((1, 9, 64), key=mx.random.key(0))
     x[0, 3], x[0, 5, 7] = 0, mx.nan
     rows = encode(x, x, page, run)
@@ -245,15 +255,21 @@ CENTRED = [
     (attends, [90], dict(heads=(2, 2), bits=(3, 6), head_dim=256, centring=FAR)),
     (attends_to_zeros, [17, 333], SMALL),
 ]
+CODED_ENCODES = [
+    (encodes, (T3, T2), dict(head_dim=64, same=0.9)),
+    (encodes_alike, (T2, T3), dict(head_dim=64)),
+    (encodes, (T3, T3), dict(head_dim=32, same=0.9)),
+    (encodes, (T2, 3), dict(head_dim=96, same=0.9)),
+    (encodes_what_it_cannot, dict(bits=(T2, T3))),
+]
 ENCODES = [
     (stores, (4, 4), dict(head_dim=64)),
     (stores, (3, 5), dict(head_dim=80, tokens=3)),
     (encodes, (3, 3), dict(head_dim=96)),
     (encodes, (4, 4), dict(head_dim=64)),
     (encodes, (4, 4), dict(head_dim=64, tokens=1, heads=1, same=1)),
-    (encodes, (T3, T2), dict(head_dim=64, same=0.9)),
-    (encodes, (T2, 3), dict(head_dim=96, same=0.9)),
-    (encodes_what_it_cannot,),
+    *CODED_ENCODES,
+    (encodes_what_it_cannot, dict(bits=(4, 4))),
     (encodes_zeros,),
     (encodes, (5, 6), dict(head_dim=80, same=0.93)),
     (encodes, (8, 8), dict(head_dim=128, same=0.8, dtype=mx.bfloat16)),
@@ -265,21 +281,24 @@ ENCODES = [
     (encodes, (3, 5), dict(head_dim=8, tokens=7)),
     (encodes, (4, 4), dict(head_dim=512, tokens=20)),
 ]
+CODED_GATHERS = [(gathers, (T3, T2), dict(head_dim=96, tokens=17))]
 GATHERS = [
     (gathers, (3, 5), dict(head_dim=96, tokens=33, room=4)),
     (gathers, (8, 4), dict(head_dim=64, tokens=1)),
     (gathers, (6, 2), dict(head_dim=80, tokens=150, block_size=32, dtype=mx.float16)),
     (gathers, (2, 8), dict(head_dim=256, tokens=17, dtype=mx.bfloat16)),
-    (gathers, (T3, T2), dict(head_dim=96, tokens=17)),
+    *CODED_GATHERS,
 ]
 
 
 def cases(file: str) -> Iterator[tuple[str, Callable[[], bool]]]:
     """Names and cases for a file's mutants, those that catch most of them first."""
-    of = {"encode": [*ENCODES], "gather": [*GATHERS]}
-    attending = SHORT + CODED + CENTRED + LONG
-    if file in CENTRING + TRELLIS:
-        attending = CENTRED if file in CENTRING else CODED
+    encoding, gathering, attending = ENCODES, GATHERS, SHORT + CODED + CENTRED + LONG
+    if file in CENTRING:
+        attending = CENTRED
+    if file in TRELLIS:
+        encoding, gathering, attending = CODED_ENCODES, CODED_GATHERS, CODED
+    of = {"encode": encoding, "gather": gathering}
     of |= {f"decode_{x}": [_with(x, *case) for case in attending] for x in ("mma", "fma")}
     of["merge"] = [*(_with("mma", *case) for case in MERGES), (attends_to_nothing,)]
     kernels = [Path(file).stem] if Path(file).stem in KERNELS else KERNELS
