@@ -83,10 +83,10 @@ class TestWhatIsNoNumber:
 
 class TestSmallNumbers:
     @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38])
-    @pytest.mark.parametrize("bits", WIDTHS)
-    def test_denormals_decode_to_zeros(self, size, bits):
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_denormals_decode_to_zeros(self, size, width):
         x = mx.array(np.full((4, DIM), size, np.float32))
-        for part in decoded(x, x, PageLayout(TurboQuantConfig(bits, bits), DIM)):
+        for part in decoded(x, x, PageLayout(TurboQuantConfig(width, width), DIM)):
             assert not np.array(part).any()
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,14 +126,14 @@ class TestLargeNumbers:
         assert (some.offsets, some.lengths, some.pool.num_blocks) == ([0], [0], 0)
 
     @pytest.mark.parametrize("element", [1.0, -300.0, 8000.0])
-    @pytest.mark.parametrize("bits", WIDTHS)
-    def test_constant_vectors_come_back(self, element, bits):
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_constant_vectors_come_back(self, element, width):
         x = mx.full((3, DIM), element)
-        keys, values = decoded(x, x, PageLayout(TurboQuantConfig(bits, bits), DIM))
+        keys, values = decoded(x, x, PageLayout(TurboQuantConfig(width, width), DIM))
         for part in (keys, values):
             error = np.linalg.norm(np.array(part) - element) / np.linalg.norm(np.array(x))
             bounds = {2: 0.45, 3: 0.25, 4: 0.15, 5: 0.08, 6: 0.04, 8: 0.015, T2: 0.4, T3: 0.2}
-            assert error < bounds[bits]
+            assert error < bounds[width]
 
     @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
     def test_logits_far_beyond_fp16_pick_the_largest(self, dtype):

@@ -83,7 +83,7 @@ class Case:
         heads=(4, 2),
         rows=1,
         head_dim=128,
-        bits=(4, 4),
+        widths=(4, 4),
         block_size=16,
         tail=0,
         dtype=mx.float16,
@@ -100,7 +100,7 @@ class Case:
             heads: query heads and KV heads.
             rows: query rows.
             head_dim: size of a head.
-            bits: of keys and values.
+            widths: of keys and values.
             block_size: tokens of a page.
             tail: see ``lengths``.
             dtype: of queries and tail.
@@ -111,7 +111,7 @@ class Case:
             options: of ``Options``.
         """
         rng = np.random.default_rng(seed)
-        self.layout = PageLayout(TurboQuantConfig(*bits, block_size), head_dim)
+        self.layout = PageLayout(TurboQuantConfig(*widths, block_size), head_dim)
         num_heads, num_kv_heads = heads
         per_sequence = [-(-length // block_size) for length in lengths]
         shuffled = rng.permutation(sum(per_sequence) + 2)

@@ -75,7 +75,7 @@ def test_no_token_or_every_token_has_its_mean_left_out(flagged, variant, execute
     ("k_width", "v_width"), [(3, 3), (8, 6), (2, 8), (T3, T2), (T2, 8), (4, T3)]
 )
 def test_widths(k_width, v_width, variant, execute):
-    case = Case([90], bits=(k_width, v_width), centring=FAR, **F32)
+    case = Case([90], widths=(k_width, v_width), centring=FAR, **F32)
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 

@@ -59,23 +59,23 @@ def compiles(tmp_path):
     return execute
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (3, 5), (T2, T3), (T3, 4)])
+@pytest.mark.parametrize("widths", [(4, 4), (3, 5), (T2, T3), (T3, 4)])
 @pytest.mark.parametrize("head_dim", [80, 128])
 @pytest.mark.parametrize("centred", [False, True])
-def test_encode(centred, head_dim, bits, compiles):
+def test_encode(centred, head_dim, widths, compiles):
     x = mx.zeros((2, 5, head_dim), mx.bfloat16)
     centre = centres.random(2, head_dim) if centred else None
-    encode(x, x, PageLayout(TurboQuantConfig(*bits), head_dim), compiles, centre=centre)
+    encode(x, x, PageLayout(TurboQuantConfig(*widths), head_dim), compiles, centre=centre)
 
 
 @pytest.mark.parametrize("variant", ["fma", "mma"])
-@pytest.mark.parametrize("bits", [(4, 4), (3, 5), (T2, T3)])
+@pytest.mark.parametrize("widths", [(4, 4), (3, 5), (T2, T3)])
 @pytest.mark.parametrize("centring", [None, Centring()])
-def test_decode(centring, bits, variant, compiles):
-    Case([40], bits=bits, centring=centring).attended(decode, variant=variant, execute=compiles)
+def test_decode(centring, widths, variant, compiles):
+    Case([40], widths=widths, centring=centring).attended(decode, variant=variant, execute=compiles)
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (T2, T3)])
-def test_gather(bits, compiles):
-    case = Case([40], bits=bits)
+@pytest.mark.parametrize("widths", [(4, 4), (T2, T3)])
+def test_gather(widths, compiles):
+    case = Case([40], widths=widths)
     gather(case.pool.pages, case.block_table[0], 40, case.layout, execute=compiles)

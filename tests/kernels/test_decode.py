@@ -42,14 +42,14 @@ def test_every_width_is_among_the_bytes():
 
 @pytest.mark.parametrize(("k_width", "v_width", "head_dim", "block_size"), BYTES)
 def test_widths_and_head_dims(k_width, v_width, head_dim, block_size, variant, execute):
-    case = Case([50, 5], bits=(k_width, v_width), head_dim=head_dim, block_size=block_size, **F32)
+    case = Case([50, 5], widths=(k_width, v_width), head_dim=head_dim, block_size=block_size, **F32)
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 
-@pytest.mark.parametrize(("bits", "head_dim"), [((T3, T2), 64), ((T2, T3), 128), ((T3, T3), 160)])
-def test_trellis_codes_with_all_options(bits, head_dim, variant, execute):
+@pytest.mark.parametrize(("widths", "head_dim"), [((T3, T2), 64), ((T2, T3), 128), ((T3, T3), 160)])
+def test_trellis_codes_with_all_options(widths, head_dim, variant, execute):
     options = dict(rows=3, window=20, softcap=5.0, sparse_v=1e-9, tail=2, sinks=True)
-    case = Case([90, 33, 1], bits=bits, head_dim=head_dim, heads=(6, 2), **options, **F32)
+    case = Case([90, 33, 1], widths=widths, head_dim=head_dim, heads=(6, 2), **options, **F32)
     assert case.error(decode, variant=variant, execute=execute) < BOUND
 
 

@@ -13,7 +13,7 @@ from vllm_metal_tq.kernels.decode import decode
 BOUND = 5e-4
 COUNT, DIM = 160, 64
 
-widths = pytest.mark.parametrize("bits", [(4, 4), (T2, T3)], ids=["scalar", "trellis"])
+both_codes = pytest.mark.parametrize("widths", [(4, 4), (T2, T3)], ids=["scalar", "trellis"])
 
 
 @pytest.fixture(params=["mma", "fma"])
@@ -39,16 +39,16 @@ def signs():
     return np.sign(np.random.default_rng(2).normal(size=(COUNT, DIM)))
 
 
-@widths
+@both_codes
 @pytest.mark.parametrize("size", [1e-3, 1.0, 700.0, 20_000.0])
-def test_weights_times_scales_beyond_fp16(size, bits, variant, execute, monkeypatch):
+def test_weights_times_scales_beyond_fp16(size, widths, variant, execute, monkeypatch):
     """Until the maximum is renewed weights are up to 64, and values up to 65504 times theirs."""
     for name in ("_splits", "_simdgroups"):  # all tokens for one SIMD-group
         monkeypatch.setattr(kernel, name, lambda *_: 1)
     later = np.arange(COUNT)[:, None] >= COUNT // 2
     logit = 4 * np.log(2)  # a weight of 16: the maximum is renewed above 64
     keys = np.full(DIM, logit / DIM**0.5) * later
-    made = case(keys, size * signs(), np.ones(DIM), heads=(8, 1), bits=bits)
+    made = case(keys, size * signs(), np.ones(DIM), heads=(8, 1), widths=widths)
     assert made.error(decode, variant=variant, execute=execute) < BOUND
 
 
@@ -58,9 +58,9 @@ def test_equal_logits(keys, variant, execute):
     assert made.error(decode, variant=variant, execute=execute) < BOUND
 
 
-@widths
-def test_values_that_are_zeros(bits, variant, execute):
-    made = case(values=np.zeros((COUNT, DIM)), bits=bits)
+@both_codes
+def test_values_that_are_zeros(widths, variant, execute):
+    made = case(values=np.zeros((COUNT, DIM)), widths=widths)
     assert not np.array(made.attended(decode, variant=variant, execute=execute)).any()
 
 

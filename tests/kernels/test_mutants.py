@@ -96,9 +96,9 @@ def _case(lengths, options) -> Case:
     return Case(list(lengths), **{"dtype": mx.float32} | dict(options))
 
 
-def encodes(bits, head_dim, *, tokens=61, heads=2, power=1, same=0.97, dtype=mx.float32):
+def encodes(widths, head_dim, *, tokens=61, heads=2, power=1, same=0.97, dtype=mx.float32):
     """A wrong code here and there is no fault, see test_encode.py; a worse one is."""
-    page, keys, values, oracle = _to_encode(bits, head_dim, tokens, heads, power, dtype)
+    page, keys, values, oracle = _to_encode(widths, head_dim, tokens, heads, power, dtype)
     rows = encode(keys, values, page, run)
     if (rows == oracle).all(axis=-1).astype(mx.float32).mean().item() < same:
         return False
@@ -107,9 +107,9 @@ def encodes(bits, head_dim, *, tokens=61, heads=2, power=1, same=0.97, dtype=mx.
 
 
 @cache
-def _to_encode(bits, head_dim, tokens, heads, power, dtype):
-    page = PageLayout(TurboQuantConfig(*bits), head_dim)
-    x = mx.random.normal((2, heads, tokens, head_dim), key=mx.random.key(bits[0])) ** power
+def _to_encode(widths, head_dim, tokens, heads, power, dtype):
+    page = PageLayout(TurboQuantConfig(*widths), head_dim)
+    x = mx.random.normal((2, heads, tokens, head_dim), key=mx.random.key(widths[0])) ** power
     keys, values = x.astype(dtype)
     return page, keys, values, codec.encode(keys, values, page)
 
@@ -119,18 +119,18 @@ def _square_errors(rows, page, keys, values):
     return [(x - rotate(y)).square().sum().item() for x, y in pairs]
 
 
-def encodes_alike(bits, head_dim):
+def encodes_alike(widths, head_dim):
     """How many lanes share a vector changes no row, where many ways cost the same either."""
-    page = PageLayout(TurboQuantConfig(*bits), head_dim)
+    page = PageLayout(TurboQuantConfig(*widths), head_dim)
     x = mx.concatenate([mx.eye(head_dim)[:11], mx.zeros((1, head_dim))])[None]  # rotated: flat
     few = encode(x, x, page, run)
     with mock.patch.object(encode_kernel, "MANY", 1):
         return mx.array_equal(few, encode(x, x, page, run)).item()
 
 
-def encodes_what_it_cannot(bits):
+def encodes_what_it_cannot(widths):
     """Zeros decode to zeros; a NaN reaches the scale of its own vector only."""
-    page = PageLayout(TurboQuantConfig(*bits), 64)
+    page = PageLayout(TurboQuantConfig(*widths), 64)
     x = mx.random.normal((1, 9, 64), key=mx.random.key(0))
     x[0, 3], x[0, 5, 7] = 0, mx.nan
     rows = encode(x, x, page, run)
@@ -147,9 +147,9 @@ def encodes_zeros():
     return mx.array_equal(rows[..., : page.code_bytes], oracle[..., : page.code_bytes]).item()
 
 
-def stores(bits, head_dim, *, tokens=40, index=7, uncentred=3):
+def stores(widths, head_dim, *, tokens=40, index=7, uncentred=3):
     """Two sequences with a centre and tails; the first tokens keep their means."""
-    page, centre = PageLayout(TurboQuantConfig(*bits), head_dim), centres.random(2, head_dim)
+    page, centre = PageLayout(TurboQuantConfig(*widths), head_dim), centres.random(2, head_dim)
     places, indices = (0, 500), (index, index + 18)
     pairs = [centres.typical(centre, tokens, first, first) for first in places]
     fresh = [mx.stack(x) for x in zip(*pairs, strict=True)]
@@ -171,8 +171,8 @@ def stores(bits, head_dim, *, tokens=40, index=7, uncentred=3):
     return same > 0.9 and mx.array_equal(*flags).item() and tails_same
 
 
-def gathers(bits, head_dim, tokens, block_size=16, dtype=mx.float32, room=0):
-    page, pages, table = _to_gather(bits, head_dim, tokens, block_size)
+def gathers(widths, head_dim, tokens, block_size=16, dtype=mx.float32, room=0):
+    page, pages, table = _to_gather(widths, head_dim, tokens, block_size)
     found = gather(pages, mx.array(table, mx.int32), tokens, page, dtype, run, room=room)
     oracle = codec.decode(pages[mx.array(table)], page)
     wanted = [x.swapaxes(0, 1).reshape(2, -1, page.dim)[:, :tokens] for x in oracle]
@@ -181,8 +181,8 @@ def gathers(bits, head_dim, tokens, block_size=16, dtype=mx.float32, room=0):
 
 
 @cache
-def _to_gather(bits, head_dim, tokens, block_size):
-    page = PageLayout(TurboQuantConfig(*bits, block_size), head_dim)
+def _to_gather(widths, head_dim, tokens, block_size):
+    page = PageLayout(TurboQuantConfig(*widths, block_size), head_dim)
     table = list(range(-(-tokens // block_size), 0, -1))
     rng = np.random.default_rng(0)
     pages = rng.integers(0, 256, (len(table) + 1, 2, page.page_bytes), np.uint8)
@@ -195,9 +195,9 @@ def _to_gather(bits, head_dim, tokens, block_size):
 GROWS = {"loud": 8.0, "bound": 3 * BOUND}  # rounding grows with logits, see test_decode.py
 SKIPS = dict(GROWS, sparse_v=1e-4)  # values of a third of the sub-blocks
 SHORT = [
-    (attends, [1, 15, 17, 33], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
-    (attends, [33, 90], dict(bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32, window=9)),
-    (attends, [333], dict(GROWS, bits=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
+    (attends, [1, 15, 17, 33], dict(widths=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
+    (attends, [33, 90], dict(widths=(3, 3), heads=(3, 1), head_dim=64, block_size=32, window=9)),
+    (attends, [333], dict(GROWS, widths=(3, 3), heads=(3, 1), head_dim=64, block_size=32)),
     (attends, [40, 333], dict(heads=(12, 2), rows=2, head_dim=80, max_tokens=1100)),
     (attends_beside_nan, [25, 68], dict(heads=(12, 2), rows=2, head_dim=80)),
     (attends, [9, 16], dict(heads=(12, 2), rows=2, head_dim=80)),
@@ -205,29 +205,29 @@ SHORT = [
     (attends, [16, 48], dict(heads=(12, 2), rows=2, head_dim=80, window=16, max_tokens=300)),
     (attends, [33, 47], dict(heads=(12, 2), rows=2, head_dim=80, window=2, tail=1)),
     (attends, [16], dict(heads=(2, 2), head_dim=64, tail=32, window=2)),
-    (attends, [32], dict(bits=(2, 8), head_dim=32, heads=(1, 1), max_tokens=600)),
-    (attends, [333, 20, 256], dict(bits=(6, 5), head_dim=256, heads=(4, 2), rows=3, loud=4.0)),
+    (attends, [32], dict(widths=(2, 8), head_dim=32, heads=(1, 1), max_tokens=600)),
+    (attends, [333, 20, 256], dict(widths=(6, 5), head_dim=256, heads=(4, 2), rows=3, loud=4.0)),
 ]
 CODED = [  # by a trellis
-    (attends, [40], dict(bits=(T3, T2), head_dim=64, heads=(3, 1))),
-    (attends, [40], dict(bits=(T2, T3), head_dim=160, heads=(2, 1))),
-    (attends, [33], dict(bits=(T3, T3), head_dim=32, heads=(1, 1))),
-    (attends, [50], dict(bits=(T2, T2), head_dim=128, heads=(2, 1), block_size=32)),
-    (attends, [50], dict(bits=(T3, T2), head_dim=224, heads=(1, 1))),
+    (attends, [40], dict(widths=(T3, T2), head_dim=64, heads=(3, 1))),
+    (attends, [40], dict(widths=(T2, T3), head_dim=160, heads=(2, 1))),
+    (attends, [33], dict(widths=(T3, T3), head_dim=32, heads=(1, 1))),
+    (attends, [50], dict(widths=(T2, T2), head_dim=128, heads=(2, 1), block_size=32)),
+    (attends, [50], dict(widths=(T3, T2), head_dim=224, heads=(1, 1))),
 ]
 LONG = [
-    (attends, [40, 65], dict(bits=(8, 4), head_dim=160, heads=(8, 1), block_size=32)),
+    (attends, [40, 65], dict(widths=(8, 4), head_dim=160, heads=(8, 1), block_size=32)),
     (attends, [8, 60], dict(heads=(5, 1), rows=8, head_dim=128, window=20)),
     (attends, [1 + 13 * i for i in range(3)], dict(heads=(4, 2))),
     (attends, [27 + 13 * i for i in range(2)], dict(heads=(4, 2), softcap=5.0, loud=4.0)),
-    (attends, [50], dict(bits=(5, 6), head_dim=64, heads=(1, 1))),
-    (attends, [50], dict(bits=(4, 2), head_dim=96, heads=(3, 1), sparse_v=1e-9, loud=4.0)),
-    (attends, [50], dict(bits=(3, 3), head_dim=32, heads=(7, 1), block_size=32)),
-    (attends, [50], dict(bits=(2, 3), head_dim=224, heads=(4, 1))),
-    (attends, [50], dict(bits=(3, 2), head_dim=192, heads=(1, 1), dtype=mx.float16)),
-    (attends, [50], dict(bits=(6, 3), head_dim=128, heads=(6, 2))),
-    (attends, [50], dict(bits=(8, 8), head_dim=64, heads=(3, 1))),
-    (attends, [50], dict(bits=(5, 5), head_dim=256, heads=(8, 1))),
+    (attends, [50], dict(widths=(5, 6), head_dim=64, heads=(1, 1))),
+    (attends, [50], dict(widths=(4, 2), head_dim=96, heads=(3, 1), sparse_v=1e-9, loud=4.0)),
+    (attends, [50], dict(widths=(3, 3), head_dim=32, heads=(7, 1), block_size=32)),
+    (attends, [50], dict(widths=(2, 3), head_dim=224, heads=(4, 1))),
+    (attends, [50], dict(widths=(3, 2), head_dim=192, heads=(1, 1), dtype=mx.float16)),
+    (attends, [50], dict(widths=(6, 3), head_dim=128, heads=(6, 2))),
+    (attends, [50], dict(widths=(8, 8), head_dim=64, heads=(3, 1))),
+    (attends, [50], dict(widths=(5, 5), head_dim=256, heads=(8, 1))),
 ]
 FAR = Centring(mean=1.0, shift=(10**6, 131071))
 PARTIAL = Centring(turned=32, neighbours=True, mean=1.0, shift=(0, 10**6))
@@ -252,7 +252,7 @@ CENTRED = [
     (attends, [555, 20], dict(heads=(6, 1), centring=FAR, splits=1)),
     (attends, [333], dict(heads=(6, 2), rows=3, centring=FAR, splits=1)),
     (attends, [1100], dict(SKIPS, heads=(2, 2), head_dim=64, centring=FAR, splits=1)),
-    (attends, [90], dict(heads=(2, 2), bits=(3, 6), head_dim=256, centring=FAR)),
+    (attends, [90], dict(heads=(2, 2), widths=(3, 6), head_dim=256, centring=FAR)),
     (attends_to_zeros, [17, 333], SMALL),
 ]
 CODED_ENCODES = [
@@ -260,7 +260,7 @@ CODED_ENCODES = [
     (encodes_alike, (T2, T3), dict(head_dim=64)),
     (encodes, (T3, T3), dict(head_dim=32, same=0.9)),
     (encodes, (T2, 3), dict(head_dim=96, same=0.9)),
-    (encodes_what_it_cannot, dict(bits=(T2, T3))),
+    (encodes_what_it_cannot, dict(widths=(T2, T3))),
 ]
 ENCODES = [
     (stores, (4, 4), dict(head_dim=64)),
@@ -269,7 +269,7 @@ ENCODES = [
     (encodes, (4, 4), dict(head_dim=64)),
     (encodes, (4, 4), dict(head_dim=64, tokens=1, heads=1, same=1)),
     *CODED_ENCODES,
-    (encodes_what_it_cannot, dict(bits=(4, 4))),
+    (encodes_what_it_cannot, dict(widths=(4, 4))),
     (encodes_zeros,),
     (encodes, (5, 6), dict(head_dim=80, same=0.93)),
     (encodes, (8, 8), dict(head_dim=128, same=0.8, dtype=mx.bfloat16)),

@@ -13,8 +13,8 @@ from vllm_metal_tq.tail import TAIL, pushed, sources
 SAME_ROWS, SAME_FLAGS = 0.93, 0.98  # a few are near a tie, see test_encode.py
 
 
-def layout(head_dim=64, bits=(4, 4)):
-    return PageLayout(TurboQuantConfig(*bits), head_dim)
+def layout(head_dim=64, widths=(4, 4)):
+    return PageLayout(TurboQuantConfig(*widths), head_dim)
 
 
 def same(rows, oracle, page):
@@ -25,7 +25,7 @@ def same(rows, oracle, page):
 
 @pytest.mark.parametrize("position", [0, 131_071, 1_000_000])
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "size", "dtype"),
+    ("head_dim", "widths", "size", "dtype"),
     [
         (64, (4, 4), 1, mx.float32),
         (80, (3, 5), 10, mx.bfloat16),
@@ -34,8 +34,8 @@ def same(rows, oracle, page):
         (256, (2, 3), 2, mx.bfloat16),
     ],
 )
-def test_centred_rows_are_the_codecs(head_dim, bits, size, dtype, position, execute):
-    page, centre = layout(head_dim, bits), centres.random(3, head_dim, size)
+def test_centred_rows_are_the_codecs(head_dim, widths, size, dtype, position, execute):
+    page, centre = layout(head_dim, widths), centres.random(3, head_dim, size)
     keys, values = (x.astype(dtype) for x in centres.typical(centre, 40, position))
     keys[:, ::4] *= 0.01  # far from the mean: these get no flag
     start, positions = mx.array([position, 7], mx.int32), mx.arange(position, position + 40)
