@@ -73,12 +73,6 @@ TQ_FN uint tq_value_pair(uint low, int field, uint high, int at, uint zero, half
   return as_type<uint>(w * factor);
 }
 
-// Bits of a plane of a trellis code as a lane loads them of two tokens: WORDS of them, for each token
-// one, or bytes of both in turn where a token has only 16 bits.
-template <int WORDS, int N> TQ_FN uint tq_tokens(thread uint (&bits)[2][N], int i) {
-  return WORDS == 2 ? bits[i][0] : bits[0][0] | bits[1][0] << 8;
-}
-
 // Two trellis codes as levels divided by b: those of the bits `at` and `at` + 16 of the words that
 // tq_numbers made, and where WIDE of the word of their fifth bits.
 template <bool WIDE>

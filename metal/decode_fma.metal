@@ -189,11 +189,12 @@
     uint kl[4][NKC][(KLS + 3) / 4];
     uint kh[4][NKC][(KHS + 3) / 4];
     uint kt[NKC][KE / 8][4];
+    // KT ? KB : 1, and so of values: scalar codes compile it too, though they do not run it.
     if (KT) {
       TQ_UNROLL
       for (int c = 0; c < NKC; ++c) {
         const int d = c * (8 * KE) + eighth * KE;
-        tq_key_bits<D, KE, KB>(kt[c], base, group, d < D ? d : 0);
+        tq_key_bits<D, KE, KT ? KB : 1>(kt[c], base, group, d < D ? d : 0);
       }
     } else {
       TQ_UNROLL
@@ -222,7 +223,7 @@
     TQ_UNROLL
     for (int i = 0; i < NQ; ++i) {
       if (VT) {
-        tq_value_bits<D, VD, VB>(vt[i], base + 2 * D * KB, row * VSPLIT + value_half, value_quad + i * VQ);
+        tq_value_bits<D, VD, VT ? VB : 1>(vt[i], base + 2 * D * KB, row * VSPLIT + value_half, value_quad + i * VQ);
       } else {
         TQ_UNROLL
         for (int p = 0; p < 2; ++p) tq_load<VLE * 4>(vl[i][p], base + low_at + i * VQ * VLS + p * low_pair);

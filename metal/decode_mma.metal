@@ -1,4 +1,4 @@
-#include "decode.h"
+#include "decode_mma.h"
 #include "centre.h"
   // Attention of a few query rows over compressed pages, with 8x8 matrix fragments.
   //

@@ -172,7 +172,8 @@ TQ_FN bool tq_leave_out(thread float (&v)[E], thread float (&mean)[E], float squ
 TQ_FN half2 tq_twice(float x) { return as_type<half2>(tq_pack(x, x)); }
 
 // The best of STEPS steps: that with the least square error. Given are a lane's square errors in
-// units of each step, in two halves of a number for each eight elements.
+// units of each step, in two halves of a number for each eight elements. HALF2: half2, which before a
+// bracket is a constructor to vllm_metal_tq/msl.
 template <int LANES, class HALF2, int STEPS, int EIGHTS>
 TQ_FN int tq_best(thread HALF2 (&errors)[STEPS][EIGHTS], const device float* squares) {
   float best = 0.0f;

@@ -15,7 +15,7 @@ from vllm_metal_tq.kernels import launch
 KERNELS = ["encode", "gather", "decode_mma", "decode_fma", "merge"]
 HEADERS = ["attention.h", "decode.h", "encode.h", "gather.h", "dialect_metal.h"]
 CENTRING = ["centre.h", "turn.h"]
-TRELLIS = ["trellis.h", "viterbi.h", "decode_fma.h"]
+TRELLIS = ["trellis.h", "viterbi.h", "decode_mma.h", "decode_fma.h"]
 FILES = [*(f"{name}.metal" for name in KERNELS), *HEADERS, *CENTRING, *TRELLIS]
 
 
@@ -168,7 +168,7 @@ centre.h: for (int i = 0; i <= FOLDS; ++i) { #2
 decode_fma.metal: const int row = value_row <= VROWS ? value_row : 0;
 decode_mma.metal: const int mine = (row <= rows ? row : rows - 1) * 4 + quad;
 decode_fma.metal: const int at = (group + 4 * i) * dims + (from <= dims ? from : 0);
-decode_fma.metal: tq_key_bits<D, KE, KB>(kt[c], base, group, d <= D ? d : 0);
+decode_fma.metal: tq_key_bits<D, KE, KT ? KB : 1>(kt[c], base, group, d <= D ? d : 0);
 = there are no taps of an eighth element, nor of a fourth parity
 trellis.h: for (int t = 0; t <= 7; ++t) {
 trellis.h: for (int j = 0; j <= 3; ++j) {
