@@ -15,8 +15,8 @@
   // the last of these tokens
   // signs [D] float, or [HKV, D] where CENTRE: divided by smoothing
   // shape int: H, HKV, L, head_dim, max_blocks, column groups, window (0: none)
-  // numbers float: factor of the logits, softcap, sparse_v; b, a/b, c/b of the value levels; and of
-  // the levels of trellis keys b, a/b
+  // numbers float: factor of the logits, softcap, sparse_v; b, a/b, c/b of the value levels, and of
+  // those of trellis keys
   // means [HKV, D / 2, 2] float: mu of each pair; turns uint: elements and steps of the pairs, tables
   // (centre.h); both are not read where CENTRE is 0
   // partial [B, H, L, splits, D + 2 + CENTRE] float: sum of weight * value, then maximum (base 2) and

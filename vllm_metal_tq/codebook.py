@@ -157,15 +157,15 @@ class Octic:
         """Levels of uint8 ``codes``, float32, same shape."""
         n = 1 << self.bits
         w = (2 * codes.astype(mx.float32) + (1 - n)) * (1 / n)
-        b, a_by_b = self.coefficients
+        b, a_by_b, _ = self.coefficients
         fourth = _half(w * w)
         fourth = _half(fourth * fourth)
         return _half(w * _half(fourth * fourth + a_by_b)) * b
 
     @property
-    def coefficients(self) -> tuple[float, float]:
-        """b, and a/b in half precision."""
-        return self.b, float(np.float16(self.a / self.b))
+    def coefficients(self) -> tuple[float, float, float]:
+        """b, and a/b in half precision; 0 stands for the c/b of ``Gaussian``."""
+        return self.b, float(np.float16(self.a / self.b)), 0.0
 
 
 TRELLIS_LEVELS = {T2: Octic(4, 1.5086, 1.2422), T3: Octic(5, 1.5878, 1.4958)}

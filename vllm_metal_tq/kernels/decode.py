@@ -152,11 +152,10 @@ def _decode_launch(
 
 
 def _levels(layout: PageLayout) -> tuple[float, ...]:
-    """b, a/b and c/b of the values' levels; and b and a/b of a trellis's keys."""
-    values = value_codebook(layout.config.v_width).coefficients
+    """b, a/b and c/b of the values' levels, and of the keys' of a trellis."""
     keys = key_codebook(layout.config.k_width)
     own = keys.coefficients if isinstance(keys, Octic) else ()
-    return *(*values, 0.0)[:3], *own
+    return *value_codebook(layout.config.v_width).coefficients, *own
 
 
 def _merge_launch(
