@@ -12,7 +12,8 @@ typedef unsigned int uint;
 #define TQ_TABLE static __device__ const
 #define TQ_QUERY float
 #define thread_index_in_simdgroup (int(threadIdx.x) & 31)
-#define simdgroup_index_in_threadgroup (int(threadIdx.x) >> 5)
+// By way of lane 0: the compiler then knows that all lanes have the same.
+#define simdgroup_index_in_threadgroup __shfl_sync(0xffffffffu, int(threadIdx.x) >> 5, 0)
 #define thread_index_in_threadgroup int(threadIdx.x)
 #define threadgroup_position_in_grid blockIdx
 #define threadgroups_per_grid gridDim
@@ -27,6 +28,7 @@ TQ_FN uint simd_shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(0xffff
 TQ_FN half2 simd_shuffle_xor(half2 x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 TQ_FN float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
 TQ_FN uint simd_shuffle(uint x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
+TQ_FN uint simd_min(uint x) { return __reduce_min_sync(0xffffffffu, x); }
 TQ_FN bool simd_any(bool p) { return __any_sync(0xffffffffu, p); }
 
 namespace fast {

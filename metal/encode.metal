@@ -65,15 +65,20 @@
   }
 
   const int lane = thread_index_in_simdgroup;
+  const int sg = simdgroup_index_in_threadgroup;
   const int p = lane % LANES;
   const bool of_values = int(threadgroup_position_in_grid.x) >= needed;
-  const int group = (int(threadgroup_position_in_grid.x) - (of_values ? needed : 0)) * GROUPS + int(simdgroup_index_in_threadgroup);
+  const int group = (int(threadgroup_position_in_grid.x) - (of_values ? needed : 0)) * GROUPS + sg;
 
   constexpr int EXCHANGED = M == 1 ? 1 : GROUPS * 32 * E;
   threadgroup uchar exchanged[EXCHANGED];
-  threadgroup uchar* exchange = exchanged + (M == 1 ? 0 : (int(simdgroup_index_in_threadgroup) * 32 + lane - p) * E);
+  threadgroup uchar* exchange = exchanged + (M == 1 ? 0 : (sg * 32 + lane - p) * E);
 
-  threadgroup uint4 memory[TRELLIS ? tq_trellis_memory(PAIR, D) : 1];
+  threadgroup uint4 memory[TRELLIS ? int(tq_ring<PAIR, D>::SIZE) : 1];
+  threadgroup uint4 levels[TRELLIS ? 8 : 1];  // of what a threadgroup encodes, keys or values
+  if (TRELLIS && int(thread_index_in_threadgroup) < (of_values ? K_HALVES - V_TRELLIS : V_TRELLIS)) {
+    ((threadgroup uint*)levels)[lane] = halves[(of_values ? V_TRELLIS : 0) + lane];
+  }
 
   TQ_NO_UNROLL
   for (int first = 0; first < TAKEN; first += SHARED_OUT) {
@@ -85,7 +90,7 @@
     const int head = CENTRE ? int(vector) / tokens : 0;
     const device float* its_means = means + (CENTRE ? head % heads * (4 * D + 4) : 0);
     device uchar* row = rows + vector * ROW;
-    threadgroup ushort* in_steps = (threadgroup ushort*)memory + (int(simdgroup_index_in_threadgroup) * TAKEN + place) * D;
+    threadgroup ushort* in_steps = (threadgroup ushort*)memory + (sg * TAKEN + place) * D;
 
     float y[E];
     uint codes[E];
@@ -193,15 +198,14 @@
   }
 
   // ---- Trellis codes
-  const int its_first = (group - int(simdgroup_index_in_threadgroup)) * TAKEN;
-  const bool backwards = simdgroup_index_in_threadgroup == 1;
+  const int its_first = (group - sg) * TAKEN;
+  const bool backwards = sg == 1;
   device uchar* its_rows = rows + size_t(its_first) * ROW;
   if (K_TAPS != 0 && (K_TAPS == V_TAPS || !of_values)) {
     // Code of both, if they have the same.
     device uchar* planes = its_rows + (of_values ? V_LOW_AT : 0);
-    const device uint* levels = halves + (of_values ? V_TRELLIS : 0);
     const float error = numbers[of_values ? V_NUMBERS + 1 : 1];
-    tq_encode_trellis<K_TAPS, K_BITS, PAIR, D, ROW>(planes, memory, levels, error, vectors - its_first, backwards, lane);
+    tq_encode_trellis<K_TAPS, K_BITS, PAIR, D, ROW, WARM>(planes, memory, levels, error, vectors - its_first, backwards, lane);
   } else if (V_TAPS != 0 && of_values) {
-    tq_encode_trellis<V_TAPS, V_BITS, PAIR, D, ROW>(its_rows + V_LOW_AT, memory, halves + V_TRELLIS, numbers[V_NUMBERS + 1], vectors - its_first, backwards, lane);
+    tq_encode_trellis<V_TAPS, V_BITS, PAIR, D, ROW, WARM>(its_rows + V_LOW_AT, memory, levels, numbers[V_NUMBERS + 1], vectors - its_first, backwards, lane);
   }

@@ -68,71 +68,83 @@ template <int E, int M, int D> TQ_FN float tq_put_in_steps(threadgroup ushort* x
   return step;
 }
 
-// An index of a ring.
-template <int D> TQ_FN int tq_around(int d) { return d < 0 ? d + D : d >= D ? d - D : d; }
+// Threadgroup memory of the pairs of vectors that two SIMD-groups code, in words of 16 bytes: the
+// vectors in steps, as halves; the costs of each element, which later give way to states; of each
+// SIMD-group the totals where it met the other; of each of its blocks where places come from.
+template <int LANES, int D> struct tq_ring {
+  enum {
+    PAIRS = 32 / LANES,
+    BLOCKS = (D / 2 + 5) / 6,      // of half a vector
+    SKIPPED = 6 * BLOCKS - D / 2,  // elements that the first block lacks: the last one is whole
+    PAIR_COSTS = 2 * D + 2,        // 2 more, so that lanes of different pairs use different banks
+    COSTS = PAIRS * D / 4,
+    TOTALS = COSTS + PAIRS * PAIR_COSTS,
+    WAYS = TOTALS + PAIRS * 32,
+    SIZE = WAYS + PAIRS * BLOCKS * 16,
+  };
+};
 
-// Where the costs of a set for an element of a block lie, with those of set ^ 1, set ^ 2 and set ^ 3
-// beside them: for each set, so that a lane finds those of its own sets in order. Those of elements
-// side by side are in different banks of memory.
-TQ_FN int tq_costs_at(int element, int set) { return element * 8 + (set ^ (element & 7)); }
-
-// Costs of the eight sets for a block, start and the five elements after (NEXT 1) or before it (-1),
-// of PAIRS pairs of vectors: the least square error of a set's levels, and offset more.
-template <int NUMBERS, int PAIRS, int D, int NEXT>
-TQ_FN void tq_find_costs(threadgroup uint4* costs, const threadgroup ushort* x, const device uint* levels, half2 offset, int start, int lane) {
-  constexpr int PARTS = PAIRS > 2 ? 1 : 2;  // lanes that share an element
-  constexpr int SETS = 8 / PARTS;
-  TQ_UNROLL
-  for (int some = 0; some < PAIRS * 6; some += 32 / PARTS) {
-    const int element = some + lane / PARTS, first = lane % PARTS * SETS;
-    const int pair = element / 6, step = element % 6;
-    if (element < PAIRS * 6) {
-      const int d = tq_around<D>(start + NEXT * step);
-      const half2 both = as_type<half2>(uint(x[2 * pair * D + d]) | uint(x[(2 * pair + 1) * D + d]) << 16);
-      half2 c[SETS];
+// Costs of the eight sets for each element: the least square error of a set's levels, and offset more.
+template <int NUMBERS, int LANES, int D>
+TQ_FN void tq_find_costs(threadgroup uint4* memory, const threadgroup uint4* levels, half2 offset, int index) {
+  typedef tq_ring<LANES, D> ring;
+  const threadgroup ushort* x = (const threadgroup ushort*)memory;
+  TQ_NO_UNROLL
+  for (int i = index; i < ring::PAIRS * D; i += 64) {
+    const int pair = i / D, d = i % D;
+    const half2 both = as_type<half2>(uint(x[2 * pair * D + d]) | uint(x[(2 * pair + 1) * D + d]) << 16);
+    half2 c[8];
+    TQ_UNROLL
+    for (int u = 0; u < NUMBERS / 8; ++u) {
       TQ_UNROLL
-      for (int u = 0; u < NUMBERS / 8; ++u) {
-        TQ_UNROLL
-        for (int k = 0; k < SETS; k += 4) {
-          const uint4 four = tq_load_numbers(levels + 8 * u + first + k);
-          c[k] = tq_nearer(c[k], both, four.x, u == 0), c[k + 1] = tq_nearer(c[k + 1], both, four.y, u == 0);
-          c[k + 2] = tq_nearer(c[k + 2], both, four.z, u == 0), c[k + 3] = tq_nearer(c[k + 3], both, four.w, u == 0);
-        }
+      for (int k = 0; k < 8; k += 4) {
+        const uint4 four = levels[2 * u + k / 4];
+        c[k] = tq_nearer(c[k], both, four.x, u == 0), c[k + 1] = tq_nearer(c[k + 1], both, four.y, u == 0);
+        c[k + 2] = tq_nearer(c[k + 2], both, four.z, u == 0), c[k + 3] = tq_nearer(c[k + 3], both, four.w, u == 0);
       }
-      uint w[SETS];
-      TQ_UNROLL
-      for (int k = 0; k < SETS; ++k) w[k] = as_type<uint>(fma(c[k], c[k], offset));
-      TQ_UNROLL
-      for (int k = 0; k < SETS; ++k) costs[tq_costs_at(element, first + k)] = tq_four(w[k], w[k ^ 1], w[k ^ 2], w[k ^ 3]);
     }
+    uint w[8];
+    TQ_UNROLL
+    for (int k = 0; k < 8; ++k) w[k] = as_type<uint>(fma(c[k], c[k], offset));
+    threadgroup uint4* its = memory + ring::COSTS + pair * ring::PAIR_COSTS + 2 * d;
+    its[0] = tq_four(w[0], w[1], w[2], w[3]), its[1] = tq_four(w[4], w[5], w[6], w[7]);
   }
 }
 
-// Costs of a lane's own sets, that of its first place first.
-struct tq_costs {
-  uint4 near, far;
+// Of each place of a lane the least cost of a way there.
+template <int LANES> struct tq_totals {
+  half2 of[64 / LANES];
 };
-TQ_FN tq_costs tq_own_costs(const threadgroup uint4* costs, int at) {
+
+// Costs of a block's elements, of each those of the sets of a lane's places: that of its first
+// place's own set first, the others by the difference of their sets from it.
+struct tq_costs {
+  uint of[6][8];
+};
+TQ_FN tq_costs tq_own_costs(const threadgroup uint* costs, const thread int (&at)[6]) {
   tq_costs own;
-  own.near = costs[at], own.far = costs[at ^ 4];
+  TQ_UNROLL
+  for (int phase = 0; phase < 6; ++phase) {
+    TQ_UNROLL
+    for (int k = 0; k < 8; ++k) own.of[phase][k] = costs[at[phase] ^ k];
+  }
   return own;
 }
 
 // One element.
-template <int TAPS, int LANES, int PHASE, class HALF2>
-TQ_FN void tq_step(thread HALF2 (&total)[64 / LANES], thread uint (&from)[32 / LANES], tq_costs own) {
+template <int TAPS, int LANES, int PHASE>
+TQ_FN void tq_step(thread tq_totals<LANES>& total, thread uint (&from)[32 / LANES], const thread tq_costs& own) {
   constexpr int WORDS = 64 / LANES;
   constexpr int BIT = 1 << (5 - PHASE);  // of places, in which the two that pair differ
-  const uint cost[8] = {own.near.x, own.near.y, own.near.z, own.near.w, own.far.x, own.far.y, own.far.z, own.far.w};
   half2 best[WORDS];
   uint worse[WORDS];
   TQ_UNROLL
   for (int i = 0; i < WORDS; ++i) {
     const int set = tq_own_set(TAPS, i, PHASE);
-    half2 other = total[(i ^ BIT) % WORDS];
-    if (BIT >= WORDS) other = simd_shuffle_xor(total[i], ushort(BIT / WORDS));
-    const half2 stays = total[i] + as_type<half2>(cost[set]);
-    const half2 comes = other + as_type<half2>(cost[set ^ tq_column(TAPS, 6)]);
+    half2 other = total.of[(i ^ BIT) % WORDS];
+    if (BIT >= WORDS) other = simd_shuffle_xor(total.of[i], ushort(BIT / WORDS));
+    const half2 stays = total.of[i] + as_type<half2>(own.of[PHASE][set]);
+    const half2 comes = other + as_type<half2>(own.of[PHASE][set ^ tq_column(TAPS, 6)]);
     best[i] = min(stays, comes);
     worse[i] = tq_less(comes, stays);
   }
@@ -147,167 +159,177 @@ TQ_FN void tq_step(thread HALF2 (&total)[64 / LANES], thread uint (&from)[32 / L
     moved[j] = ((other ^ from[j]) & bytes) ^ from[j];
   }
   TQ_UNROLL
-  for (int i = 0; i < WORDS; ++i) total[i] = best[i];
+  for (int i = 0; i < WORDS; ++i) total.of[i] = best[i];
   TQ_UNROLL
   for (int j = 0; j < WORDS / 2; ++j) from[j] = moved[j];
 }
 
-// Goes through blocks of elements, start and those after (NEXT 1) or before it (-1), of which those
-// that are skipped come first. total: of a lane's places the least cost of a way there; ways: where
-// they came from, of each block, if that is kept.
-template <int TAPS, int NUMBERS, int LANES, int D, int NEXT, class HALF2>
-TQ_FN void tq_walk(thread HALF2 (&total)[64 / LANES], threadgroup uint4* costs, threadgroup uint* ways, const threadgroup ushort* x, const device uint* levels, HALF2 offset, int start, int skipped, int blocks, bool kept, int lane) {
-  constexpr int WORDS = 64 / LANES;
-  const int pair = lane / LANES, l = lane % LANES;
-  int at[6];  // where the costs of a lane's own sets lie
+// A block of elements, without the FIRST ones.
+template <int TAPS, int LANES, int FIRST>
+TQ_FN void tq_block(thread tq_totals<LANES>& total, thread uint (&from)[32 / LANES], const thread tq_costs& own, int l) {
   TQ_UNROLL
-  for (int phase = 0; phase < 6; ++phase) at[phase] = tq_costs_at(pair * 6 + phase, tq_own_set(TAPS, l * WORDS, phase));
-  start = tq_around<D>(start - NEXT * skipped);
+  for (int j = 0; j < 32 / LANES; ++j) from[j] = uint(l * (64 / LANES) + 2 * j) * 0x01010101u + 0x01000100u;
+  if (FIRST < 1) tq_step<TAPS, LANES, 0>(total, from, own);
+  if (FIRST < 2) tq_step<TAPS, LANES, 1>(total, from, own);
+  if (FIRST < 3) tq_step<TAPS, LANES, 2>(total, from, own);
+  if (FIRST < 4) tq_step<TAPS, LANES, 3>(total, from, own);
+  if (FIRST < 5) tq_step<TAPS, LANES, 4>(total, from, own);
+  tq_step<TAPS, LANES, 5>(total, from, own);
+}
+
+// Goes through BLOCKS blocks of elements, start and those after (NEXT 1) or before it (-1); the first
+// block lacks SKIPPED elements. at: where the costs of element 0 lie; ways: of each block where places
+// come from, if KEPT.
+template <int TAPS, int LANES, int NEXT, int BLOCKS, int SKIPPED, bool KEPT>
+TQ_FN void tq_walk(thread tq_totals<LANES>& total, const threadgroup uint* costs, int at, threadgroup uint* ways, int start, int l) {
+  constexpr int WORDS = 64 / LANES;
+  // Lanes of few places would wait for their costs, and have registers to load them a block ahead.
+  constexpr bool AHEAD = WORDS == 2;
+  int own_at[6];  // of an element that is skipped any element's, then that of the next block
+  TQ_UNROLL
+  for (int phase = 0; phase < 6; ++phase) {
+    const int element = start + NEXT * (phase < SKIPPED ? 0 : phase - SKIPPED);
+    own_at[phase] = at + 8 * element + tq_own_set(TAPS, l * WORDS, phase);
+  }
+  uint from[WORDS / 2];
+  tq_costs own = tq_own_costs(costs, own_at);
+  TQ_UNROLL
+  for (int phase = 0; phase < 6; ++phase) own_at[phase] += NEXT * 8 * (phase < SKIPPED ? 6 - SKIPPED + phase : 6);
+  tq_costs ahead = AHEAD ? tq_own_costs(costs, own_at) : own;
+  tq_block<TAPS, LANES, SKIPPED>(total, from, own, l);
   TQ_NO_UNROLL
-  for (int block = 0; block < blocks; ++block) {
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    tq_find_costs<NUMBERS, 32 / LANES, D, NEXT>(costs, x, levels, offset, start, lane);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    uint from[WORDS / 2];
-    TQ_UNROLL
-    for (int j = 0; j < WORDS / 2; ++j) from[j] = uint(l * WORDS + 2 * j) * 0x01010101u + 0x01000100u;
-    const int first = block == 0 ? skipped : 0;
-    // Costs are loaded an element ahead.
-    tq_costs even = tq_own_costs(costs, at[0]), odd = tq_own_costs(costs, at[1]);
-    if (first < 1) tq_step<TAPS, LANES, 0>(total, from, even);
-    even = tq_own_costs(costs, at[2]);
-    if (first < 2) tq_step<TAPS, LANES, 1>(total, from, odd);
-    odd = tq_own_costs(costs, at[3]);
-    if (first < 3) tq_step<TAPS, LANES, 2>(total, from, even);
-    even = tq_own_costs(costs, at[4]);
-    if (first < 4) tq_step<TAPS, LANES, 3>(total, from, odd);
-    odd = tq_own_costs(costs, at[5]);
-    if (first < 5) tq_step<TAPS, LANES, 4>(total, from, even);
-    tq_step<TAPS, LANES, 5>(total, from, odd);
-    if (kept) {
+  for (int block = 1;; ++block) {
+    if (KEPT) {
       TQ_UNROLL
-      for (int j = 0; j < WORDS / 2; ++j) ways[block * 32 + l * (WORDS / 2) + j] = from[j];
+      for (int j = 0; j < WORDS / 2; ++j) ways[(block - 1) * 32 + l * (WORDS / 2) + j] = from[j];
     }
-    start = tq_around<D>(start + NEXT * 6);
+    if (block == BLOCKS) break;
+    own = AHEAD ? ahead : tq_own_costs(costs, own_at);
+    const int next = block + 1 < BLOCKS ? NEXT * 48 : 0;
+    TQ_UNROLL
+    for (int phase = 0; phase < 6; ++phase) own_at[phase] += next;
+    if (AHEAD) ahead = tq_own_costs(costs, own_at);
+    tq_block<TAPS, LANES, 0>(total, from, own, l);
   }
 }
 
 TQ_FN uint tq_backwards(uint state) { return reverse_bits(state) >> 26; }
 
+// Halves as integers in the same order.
+TQ_FN uint tq_in_order(uint two) { return two ^ ((two >> 15 & 0x00010001u) * 0x7fffu | 0x80008000u); }
+
 // Of both vectors the state at which ways meet that cost least together: those of a SIMD-group, and
-// those that come the other way, which others found.
-template <int LANES, class HALF2>
-TQ_FN void tq_meet(thread uint (&state)[2], thread HALF2 (&total)[64 / LANES], const threadgroup uint* others, bool backwards, int l) {
+// those that come the other way, which others found. The least of equals.
+template <int LANES>
+TQ_FN void tq_meet(thread uint (&state)[2], thread tq_totals<LANES>& total, const threadgroup uint* others, bool backwards, int l) {
   constexpr int WORDS = 64 / LANES;
-  HALF2 sum[WORDS];
+  uint least[2] = {0xffffffffu, 0xffffffffu};  // a cost, and behind it the state
   TQ_UNROLL
-  for (int i = 0; i < WORDS; ++i) sum[i] = total[i] + as_type<HALF2>(others[tq_backwards(l * WORDS + i)]);
+  for (int i = 0; i < WORDS; ++i) {
+    const uint place = l * WORDS + i, from_end = tq_backwards(place);
+    const uint costs = tq_in_order(as_type<uint>(total.of[i] + as_type<half2>(others[from_end])));
+    const uint here = backwards ? from_end : place;
+    least[0] = min(least[0], costs << 16 | here);
+    least[1] = min(least[1], (costs & 0xffff0000u) | here);
+  }
   TQ_UNROLL
   for (int v = 0; v < 2; ++v) {
-    float least = 0.0f;
-    uint best = 0;
-    TQ_UNROLL
-    for (int i = 0; i < WORDS; ++i) {
-      const uint word = as_type<uint>(sum[i]), place = l * WORDS + i;
-      const uint here = backwards ? tq_backwards(place) : place;
-      const float cost = float(v == 0 ? tq_low(word) : tq_high(word));
-      if (i == 0 || cost < least || (cost == least && here < best)) least = cost, best = here;
-    }
-    TQ_UNROLL
-    for (int k = LANES / 2; k > 0; k /= 2) {
-      const float cost = simd_shuffle_xor(least, ushort(k));
-      const uint there = simd_shuffle_xor(best, ushort(k));
-      if (cost < least || (cost == least && there < best)) least = cost, best = there;
-    }
-    state[v] = best & 63u;
-  }
-}
-
-// Words of 16 bytes of threadgroup memory that tq_encode_trellis needs: the vectors, costs of two
-// blocks, and of each block where its states come from.
-TQ_FN constexpr int tq_trellis_memory(int lanes, int dim) {
-  return 32 / lanes * (dim / 4 + 2 * 48 + (dim / 2 + 5) / 6 * 16);
-}
-
-// Codes of a threadgroup's vectors, which lie in memory in steps, as halves. levels: of each number
-// the level in both halves; error: an element's expected square error, which costs leave out to stay
-// small; planes: those of these codes in the first row.
-//
-// Of two SIMD-groups one goes forwards and one backwards: first from 30 elements away to the seam of
-// the ring, which gives the state there, then from there until they meet half way round. Backwards a
-// register holds the same c's in the other order.
-template <int TAPS, int BITS, int LANES, int D, int ROW>
-TQ_FN void tq_encode_trellis(device uchar* planes, threadgroup uint4* memory, const device uint* levels, float error, int vectors, bool backwards, int lane) {
-  constexpr int NUMBERS = 4 << BITS;
-  constexpr int WORDS = 64 / LANES, PAIRS = 32 / LANES;
-  constexpr int BLOCKS = (D / 2 + 5) / 6;  // of half a vector
-  constexpr int SKIPPED = 6 * BLOCKS - D / 2;  // elements of the first block: the last one is whole
-  threadgroup ushort* x = (threadgroup ushort*)memory;
-  threadgroup uint4* costs = memory + PAIRS * (D / 4 + (backwards ? 48 : 0));
-  const threadgroup uint4* their_costs = memory + PAIRS * (D / 4 + (backwards ? 0 : 48));
-  const int pair = lane / LANES, l = lane % LANES;
-  threadgroup uint* ways = (threadgroup uint*)(memory + PAIRS * (D / 4 + 96)) + (2 * pair + backwards) * BLOCKS * 32;
-  const half2 offset = tq_twice(-error);
-
-  half2 total[WORDS];
-  uint seam[2] = {0, 0}, met[2];
-  TQ_UNROLL
-  for (int i = 0; i < WORDS; ++i) total[i] = tq_twice(0.0f);
-  TQ_NO_UNROLL
-  for (int turn = 0; turn < 2; ++turn) {
-    const int skipped = turn == 0 ? 0 : SKIPPED, blocks = turn == 0 ? 5 : BLOCKS;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (backwards) {
-      tq_walk<tq_reversed_taps(TAPS), NUMBERS, LANES, D, -1>(total, costs, ways, x, levels, offset, turn == 0 ? 29 : D - 1, skipped, blocks, turn == 1, lane);
+    if (LANES == 32) {
+      least[v] = simd_min(least[v]);
     } else {
-      tq_walk<TAPS, NUMBERS, LANES, D, 1>(total, costs, ways, x, levels, offset, turn == 0 ? D - 30 : 0, skipped, blocks, turn == 1, lane);
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    TQ_UNROLL
-    for (int i = 0; i < WORDS; ++i) ((threadgroup uint*)costs)[pair * 64 + l * WORDS + i] = as_type<uint>(total[i]);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    tq_meet<LANES>(met, total, (const threadgroup uint*)their_costs + pair * 64, backwards, l);
-    if (turn == 0) {
-      seam[0] = met[0], seam[1] = met[1];
-      const uint start[2] = {backwards ? tq_backwards(seam[0]) : seam[0], backwards ? tq_backwards(seam[1]) : seam[1]};
       TQ_UNROLL
-      for (int i = 0; i < WORDS; ++i) {
-        const uint place = l * WORDS + i, state = (place << SKIPPED | place >> (6 - SKIPPED)) & 63u;
-        total[i] = as_type<half2>(tq_pack(state == start[0] ? 0.0f : 30000.0f, state == start[1] ? 0.0f : 30000.0f));
-      }
+      for (int k = LANES / 2; k > 0; k /= 2) least[v] = min(least[v], simd_shuffle_xor(least[v], ushort(k)));
     }
+    state[v] = least[v] & 63u;
   }
+}
+
+// Finds the states of both vectors of a pair at the seam of the ring and half way round, and of each
+// block on the cheapest way between them where places come from.
+//
+// Of two SIMD-groups one goes forwards and one backwards: first from WARM elements away to the seam,
+// which gives the state there, then from there until they meet half way round. Backwards a register
+// holds the same c's in the other order.
+template <int TAPS, int LANES, int D, int WARM>
+TQ_FN void tq_find_ways(thread uint (&seam)[2], thread uint (&middle)[2], threadgroup uint4* memory, bool backwards, int lane) {
+  typedef tq_ring<LANES, D> ring;
+  constexpr int WORDS = 64 / LANES, REVERSED = tq_reversed_taps(TAPS);
+  constexpr float FAR = 30000.0f;  // more than any way costs
+  const int pair = lane / LANES, l = lane % LANES;
+  const threadgroup uint* costs = (const threadgroup uint*)(memory + ring::COSTS);
+  const int at = pair * ring::PAIR_COSTS * 4;
+  threadgroup uint* totals = (threadgroup uint*)(memory + ring::TOTALS) + pair * 128;
+  threadgroup uint* own_totals = totals + (backwards ? 64 : 0) + l * WORDS;
+  const threadgroup uint* others = totals + (backwards ? 0 : 64);
+  threadgroup uint* ways = (threadgroup uint*)(memory + ring::WAYS) + (2 * pair + backwards) * ring::BLOCKS * 32;
+
+  tq_totals<LANES> total;
+  TQ_UNROLL
+  for (int i = 0; i < WORDS; ++i) total.of[i] = tq_twice(0.0f);
+  if (backwards) {
+    tq_walk<REVERSED, LANES, -1, WARM / 6, 0, false>(total, costs, at, ways, WARM - 1, l);
+  } else {
+    tq_walk<TAPS, LANES, 1, WARM / 6, 0, false>(total, costs, at, ways, D - WARM, l);
+  }
+  TQ_UNROLL
+  for (int i = 0; i < WORDS; ++i) own_totals[i] = as_type<uint>(total.of[i]);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  tq_meet<LANES>(seam, total, others, backwards, l);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // The states after each block in the order of the elements, behind what is known before them.
-  constexpr int STATES = 2 * BLOCKS + 1;
-  threadgroup uchar* states = (threadgroup uchar*)(memory + PAIRS * (D / 4));
-  if (l < 2) {
-    const threadgroup uchar* way = (const threadgroup uchar*)ways + 2 * l;
-    threadgroup uchar* its_states = states + (2 * pair + l) * STATES + BLOCKS;
-    const uint ends = l == 0 ? seam[0] : seam[1], middle = l == 0 ? met[0] : met[1];
-    its_states[backwards ? BLOCKS : -BLOCKS] = uchar(backwards ? ends << SKIPPED & 63u : ends >> SKIPPED);
-    uint state = backwards ? tq_backwards(middle) : middle;
-    TQ_NO_UNROLL
-    for (int back = 0; back < BLOCKS; ++back) {
-      if (backwards && back > 0) its_states[back] = uchar(tq_backwards(state));
-      if (!backwards) its_states[-back] = uchar(state);
-      state = way[(BLOCKS - 1 - back) * 128 + (state >> 1) * 4 + (state & 1u)];
-    }
+  TQ_UNROLL
+  for (int i = 0; i < WORDS; ++i) {
+    const uint place = l * WORDS + i, turned = (place << ring::SKIPPED | place >> (6 - ring::SKIPPED)) & 63u;
+    const uint state = backwards ? tq_backwards(turned) : turned;
+    total.of[i] = as_type<half2>(tq_pack(state == seam[0] ? 0.0f : FAR, state == seam[1] ? 0.0f : FAR));
   }
+  if (backwards) {
+    tq_walk<REVERSED, LANES, -1, ring::BLOCKS, ring::SKIPPED, true>(total, costs, at, ways, D - 1, l);
+  } else {
+    tq_walk<TAPS, LANES, 1, ring::BLOCKS, ring::SKIPPED, true>(total, costs, at, ways, 0, l);
+  }
+  TQ_UNROLL
+  for (int i = 0; i < WORDS; ++i) own_totals[i] = as_type<uint>(total.of[i]);
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  tq_meet<LANES>(middle, total, others, backwards, l);
+}
 
-  // A byte of each plane at a time: of the set that the c's choose, the nearest level.
-  constexpr int BYTES = D / 8;
+// Puts the states of a vector after each block in the order of the elements, behind what is known
+// before them. A lane goes back from the middle to the seam.
+template <int LANES, int D>
+TQ_FN void tq_trace(threadgroup uint4* memory, uint seam, uint middle, bool backwards, int pair, int v) {
+  typedef tq_ring<LANES, D> ring;
+  const threadgroup uchar* way = (const threadgroup uchar*)(memory + ring::WAYS) + (2 * pair + backwards) * ring::BLOCKS * 128 + 2 * v;
+  threadgroup uchar* states = (threadgroup uchar*)(memory + ring::COSTS) + (2 * pair + v) * (2 * ring::BLOCKS + 1) + ring::BLOCKS;
+  states[backwards ? ring::BLOCKS : -ring::BLOCKS] = uchar(backwards ? seam << ring::SKIPPED & 63u : seam >> ring::SKIPPED);
+  uint state = backwards ? tq_backwards(middle) : middle;
   TQ_NO_UNROLL
-  for (int i = lane + (backwards ? 32 : 0); i < 2 * PAIRS * BYTES; i += 64) {
-    const int vector = i / BYTES, byte = i % BYTES;
-    if (vector >= vectors) break;
+  for (int back = 0; back < ring::BLOCKS; ++back) {
+    if (backwards && back > 0) states[back] = uchar(tq_backwards(state));
+    if (!backwards) states[-back] = uchar(state);
+    state = way[(ring::BLOCKS - 1 - back) * 128 + (state >> 1) * 4 + (state & 1u)];
+  }
+}
+
+// Stores codes: the c's, and of each element the nearest level of the set that they choose.
+template <int TAPS, int BITS, int LANES, int D, int ROW>
+TQ_FN void tq_store_trellis(device uchar* planes, const threadgroup uint4* memory, const threadgroup uint4* levels, int vectors, int index) {
+  typedef tq_ring<LANES, D> ring;
+  constexpr int NUMBERS = 4 << BITS, BYTES = D / 8, ITEMS = 2 * ring::PAIRS * BYTES;
+  constexpr int PARTS = ITEMS > 32 ? 1 : ITEMS > 16 ? 2 : ITEMS > 8 ? 4 : 8;  // lanes that share a byte
+  const threadgroup ushort* x = (const threadgroup ushort*)memory;
+  const threadgroup uint* level = (const threadgroup uint*)levels;
+  TQ_NO_UNROLL
+  for (int first = 0; first < ITEMS * PARTS; first += 64) {
+    const int i = first + index;
+    const int part = i % PARTS, byte = i / PARTS % BYTES, vector = i / PARTS / BYTES;
+    const bool live = vector < min(vectors, 2 * int(ring::PAIRS));
+    const int its = live ? vector : 0;
     // The c's of the elements, in bits 7 to 0, and above them those of the six before. They begin with
     // the first, third or fifth element of a block.
-    const int first = 8 * byte + SKIPPED, block = first / 6;
-    const threadgroup uchar* its_states = states + vector * STATES + block;
-    const uint seen = (uint(its_states[0]) << 12 | uint(its_states[1]) << 6 | its_states[2]) >> (4 - first % 6);
+    const int place = 8 * byte + ring::SKIPPED, block = place / 6;
+    const threadgroup uchar* states = (const threadgroup uchar*)(memory + ring::COSTS) + its * (2 * ring::BLOCKS + 1) + block;
+    const uint seen = (uint(states[0]) << 12 | uint(states[1]) << 6 | states[2]) >> (4 - place % 6);
     uint z[3] = {0, 0, 0};
     TQ_UNROLL
     for (int t = 0; t < 7; ++t) {
@@ -316,23 +338,44 @@ TQ_FN void tq_encode_trellis(device uchar* planes, threadgroup uint4* memory, co
         if (tq_taps(TAPS, j) >> t & 1u) z[j] ^= seen >> t;
       }
     }
-    uint c = 0, low = 0, high = 0;
+    uint codes = 0;  // a byte of each plane
     TQ_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      const int from_end = 7 - e;
+    for (int e = 0; e < 8 / PARTS; ++e) {
+      const int at = e * PARTS + part, from_end = 7 - at;
       const uint set = (z[0] >> from_end & 1u) | (z[1] >> from_end & 1u) << 1 | (z[2] >> from_end & 1u) << 2;
-      const float element = float(tq_low(x[vector * D + 8 * byte + e]));
+      const float element = float(tq_low(x[its * D + 8 * byte + at]));
       float least = 0.0f;
       uint u = 0;
       TQ_UNROLL
       for (int k = 0; k < NUMBERS / 8; ++k) {
-        const float distance = fabs(element - float(tq_low(levels[8 * k + set])));
+        const float distance = fabs(element - float(tq_low(level[8 * k + set])));
         if (k == 0 || distance < least) least = distance, u = k;
       }
-      c |= (seen >> from_end & 1u) << e, low |= (u & 1u) << e, high |= (u >> 1) << e;
+      codes |= ((seen >> from_end & 1u) | (u & 1u) << 8 | (u >> 1) << 16) << at;
     }
-    device uchar* row = planes + size_t(vector) * ROW + byte;
-    row[0] = uchar(c), row[BYTES] = uchar(low);
-    if (BITS == 3) row[2 * BYTES] = uchar(high);
+    TQ_UNROLL
+    for (int k = PARTS / 2; k > 0; k /= 2) codes |= simd_shuffle_xor(codes, ushort(k));
+    if (live && part == 0) {
+      device uchar* row = planes + size_t(vector) * ROW + byte;
+      row[0] = uchar(codes), row[BYTES] = uchar(codes >> 8);
+      if (BITS == 3) row[2 * BYTES] = uchar(codes >> 16);
+    }
   }
+}
+
+// Codes of the vectors of two SIMD-groups, which lie in memory in steps. levels: of each number the
+// level in both halves; error: an element's expected square error, which costs leave out to stay
+// small; planes: those of these codes in the first row.
+template <int TAPS, int BITS, int LANES, int D, int ROW, int WARM>
+TQ_FN void tq_encode_trellis(device uchar* planes, threadgroup uint4* memory, const threadgroup uint4* levels, float error, int vectors, bool backwards, int lane) {
+  const int index = lane + (backwards ? 32 : 0), l = lane % LANES;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  tq_find_costs<4 << BITS, LANES, D>(memory, levels, tq_twice(-error), index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  uint seam[2], middle[2];
+  tq_find_ways<TAPS, LANES, D, WARM>(seam, middle, memory, backwards, lane);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (l < 2) tq_trace<LANES, D>(memory, l == 0 ? seam[0] : seam[1], l == 0 ? middle[0] : middle[1], backwards, lane / LANES, l);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  tq_store_trellis<TAPS, BITS, LANES, D, ROW>(planes, memory, levels, vectors, index);
 }

@@ -14,14 +14,18 @@ from ..config import TRELLIS_WIDTHS
 from ..layout import PageLayout
 from ..rotation import hadamard_factor, signs
 from ..tail import TAIL
+from ..trellis import WARM
 from .gather import plane_constants
 from .launch import Executor, Launch, integers, on_gpu
 
 MAX_DIM = 512  # 32 lanes of 16 elements
 MANY = 4096  # vectors, which keep a GPU busy
 SIMDGROUPS = 4  # of a threadgroup
-FEW_LANES, MANY_LANES = 8, 16  # that find the trellis codes of two vectors
-FEW_LANES_DIM = 224  # threadgroup memory has no room for more with few lanes
+PAIR_LANES = {64: 8, 128: 16}
+"""Largest dim -> lanes that find the trellis codes of two vectors, where there are many vectors.
+
+Else 32. Fewer are faster, but their vectors take more threadgroup memory.
+"""
 COPIED = 2  # words of the tail, of up to 16 bytes, that a thread copies
 LAYERS = 512  # of which tables are kept
 SEARCH_TERMS = {2: 1, 3: 3, 4: 3, 5: 5, 6: 7, 8: 9}
@@ -156,6 +160,7 @@ def _constants(layout: PageLayout) -> dict[str, int]:
         "V_STEPS": len(VALUE_CLIPS.get(v_width, [None])),
         "SEARCH_TERMS": SEARCH_TERMS.get(v_width, 1),
         "TERMS": CELL_TERMS.get(v_width, 1),
+        "WARM": WARM,
         "TAIL": TAIL,
         "COPIED": COPIED,
         **plane_constants(layout),
@@ -174,7 +179,7 @@ def _split(dim: int, count: int, trellis: bool) -> tuple[int, int, int]:
     share = hadamard_factor(dim)
     if share == 1:
         share = 32 if many and not trellis else 16
-    lanes = FEW_LANES if trellis and many and dim <= FEW_LANES_DIM else MANY_LANES
+    lanes = next((n for most, n in PAIR_LANES.items() if many and dim <= most), 32)
     return share, lanes, 2 if trellis else SIMDGROUPS
 
 
