@@ -12,7 +12,7 @@ typedef unsigned int uint;
 #define TQ_TABLE static __device__ const
 #define TQ_QUERY float
 #define thread_index_in_simdgroup (int(threadIdx.x) & 31)
-// By way of lane 0: the compiler then knows that all lanes have the same.
+// By way of lane 0, so all lanes must read it: the compiler then knows that they have the same.
 #define simdgroup_index_in_threadgroup __shfl_sync(0xffffffffu, int(threadIdx.x) >> 5, 0)
 #define thread_index_in_threadgroup int(threadIdx.x)
 #define threadgroup_position_in_grid blockIdx

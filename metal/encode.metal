@@ -76,8 +76,9 @@
 
   threadgroup uint4 memory[TRELLIS ? int(tq_ring<PAIR, D>::SIZE) : 1];
   threadgroup uint4 levels[TRELLIS ? 8 : 1];  // of what a threadgroup encodes, keys or values
-  if (TRELLIS && int(thread_index_in_threadgroup) < (of_values ? K_HALVES - V_TRELLIS : V_TRELLIS)) {
-    ((threadgroup uint*)levels)[lane] = halves[(of_values ? V_TRELLIS : 0) + lane];
+  const int index = thread_index_in_threadgroup;
+  if (index < (of_values ? K_HALVES - V_TRELLIS : V_TRELLIS)) {
+    ((threadgroup uint*)levels)[index] = halves[(of_values ? V_TRELLIS : 0) + index];
   }
 
   TQ_NO_UNROLL

@@ -24,10 +24,11 @@ TQ_FN constexpr int tq_reversed_taps(int taps) {
   return reversed;
 }
 
-// The set of levels on the way to a place from itself, after an element of phase t % 6 in the block;
-// from the other place it is another by the column of 6.
+// The set of levels on the way to a place from itself, after the element of this phase in its block.
+// From the other place it is that, exclusive or the column of 6.
 TQ_FN constexpr int tq_own_set(int taps, int place, int phase) {
   int set = 0;
+  TQ_UNROLL
   for (int q = 0; q < 6; ++q) {
     const int column = tq_column(taps, (q + phase + 1) % 6) ^ (q + phase == 5 ? tq_column(taps, 6) : 0);
     set ^= (place >> q & 1) ? column : 0;
@@ -35,15 +36,7 @@ TQ_FN constexpr int tq_own_set(int taps, int place, int phase) {
   return set;
 }
 
-TQ_FN uint4 tq_four(uint x, uint y, uint z, uint w) {
-  uint4 v;
-  v.x = x, v.y = y, v.z = z, v.w = w;
-  return v;
-}
-TQ_FN half2 tq_nearer(half2 best, half2 x, uint level, bool first) {
-  const half2 distance = abs(x - as_type<half2>(level));
-  return first ? distance : min(best, distance);
-}
+TQ_FN half2 tq_distance(half2 x, uint level) { return abs(x - as_type<half2>(level)); }
 
 // Puts a lane's share of a vector into memory as halves, in steps. The step comes back: it is the
 // vector's root mean square.
@@ -70,9 +63,11 @@ template <int E, int M, int D> TQ_FN float tq_put_in_steps(threadgroup ushort* x
 
 // Threadgroup memory of the pairs of vectors that two SIMD-groups code, in words of 16 bytes: the
 // vectors in steps, as halves; the costs of each element, which later give way to states; of each
-// SIMD-group the totals where it met the other; of each of its blocks where places come from.
+// SIMD-group the totals where it met the other; of each of its blocks but the first, which begins in
+// a known state, where places come from. An enum: Metal's static members have an address space.
 template <int LANES, int D> struct tq_ring {
   enum {
+    THREADS = 64,
     PAIRS = 32 / LANES,
     BLOCKS = (D / 2 + 5) / 6,      // of half a vector
     SKIPPED = 6 * BLOCKS - D / 2,  // elements that the first block lacks: the last one is whole
@@ -80,7 +75,8 @@ template <int LANES, int D> struct tq_ring {
     COSTS = PAIRS * D / 4,
     TOTALS = COSTS + PAIRS * PAIR_COSTS,
     WAYS = TOTALS + PAIRS * 32,
-    SIZE = WAYS + PAIRS * BLOCKS * 16,
+    PAIR_WAYS = (BLOCKS - 1) * 8,  // of one SIMD-group
+    SIZE = WAYS + PAIRS * 2 * PAIR_WAYS,
   };
 };
 
@@ -90,24 +86,23 @@ TQ_FN void tq_find_costs(threadgroup uint4* memory, const threadgroup uint4* lev
   typedef tq_ring<LANES, D> ring;
   const threadgroup ushort* x = (const threadgroup ushort*)memory;
   TQ_NO_UNROLL
-  for (int i = index; i < ring::PAIRS * D; i += 64) {
+  for (int i = index; i < ring::PAIRS * D; i += ring::THREADS) {
     const int pair = i / D, d = i % D;
     const half2 both = as_type<half2>(uint(x[2 * pair * D + d]) | uint(x[(2 * pair + 1) * D + d]) << 16);
-    half2 c[8];
     TQ_UNROLL
-    for (int u = 0; u < NUMBERS / 8; ++u) {
+    for (int four = 0; four < 2; ++four) {
+      uint4 own = levels[four];
+      half2 c[4] = {tq_distance(both, own.x), tq_distance(both, own.y), tq_distance(both, own.z), tq_distance(both, own.w)};
       TQ_UNROLL
-      for (int k = 0; k < 8; k += 4) {
-        const uint4 four = levels[2 * u + k / 4];
-        c[k] = tq_nearer(c[k], both, four.x, u == 0), c[k + 1] = tq_nearer(c[k + 1], both, four.y, u == 0);
-        c[k + 2] = tq_nearer(c[k + 2], both, four.z, u == 0), c[k + 3] = tq_nearer(c[k + 3], both, four.w, u == 0);
+      for (int u = 1; u < NUMBERS / 8; ++u) {
+        own = levels[2 * u + four];
+        c[0] = min(c[0], tq_distance(both, own.x)), c[1] = min(c[1], tq_distance(both, own.y));
+        c[2] = min(c[2], tq_distance(both, own.z)), c[3] = min(c[3], tq_distance(both, own.w));
       }
+      own.x = as_type<uint>(fma(c[0], c[0], offset)), own.y = as_type<uint>(fma(c[1], c[1], offset));
+      own.z = as_type<uint>(fma(c[2], c[2], offset)), own.w = as_type<uint>(fma(c[3], c[3], offset));
+      memory[ring::COSTS + pair * ring::PAIR_COSTS + 2 * d + four] = own;
     }
-    uint w[8];
-    TQ_UNROLL
-    for (int k = 0; k < 8; ++k) w[k] = as_type<uint>(fma(c[k], c[k], offset));
-    threadgroup uint4* its = memory + ring::COSTS + pair * ring::PAIR_COSTS + 2 * d;
-    its[0] = tq_four(w[0], w[1], w[2], w[3]), its[1] = tq_four(w[4], w[5], w[6], w[7]);
   }
 }
 
@@ -178,14 +173,15 @@ TQ_FN void tq_block(thread tq_totals<LANES>& total, thread uint (&from)[32 / LAN
 }
 
 // Goes through BLOCKS blocks of elements, start and those after (NEXT 1) or before it (-1); the first
-// block lacks SKIPPED elements. at: where the costs of element 0 lie; ways: of each block where places
-// come from, if KEPT.
+// block lacks SKIPPED elements. at: where the costs of element 0 lie; ways: of each block but
+// the first where places come from, if KEPT.
 template <int TAPS, int LANES, int NEXT, int BLOCKS, int SKIPPED, bool KEPT>
 TQ_FN void tq_walk(thread tq_totals<LANES>& total, const threadgroup uint* costs, int at, threadgroup uint* ways, int start, int l) {
   constexpr int WORDS = 64 / LANES;
   // Lanes of few places would wait for their costs, and have registers to load them a block ahead.
   constexpr bool AHEAD = WORDS == 2;
-  int own_at[6];  // of an element that is skipped any element's, then that of the next block
+  // Where the costs of the element of each phase lie; one that is skipped lends any element's.
+  int own_at[6];
   TQ_UNROLL
   for (int phase = 0; phase < 6; ++phase) {
     const int element = start + NEXT * (phase < SKIPPED ? 0 : phase - SKIPPED);
@@ -198,18 +194,17 @@ TQ_FN void tq_walk(thread tq_totals<LANES>& total, const threadgroup uint* costs
   tq_costs ahead = AHEAD ? tq_own_costs(costs, own_at) : own;
   tq_block<TAPS, LANES, SKIPPED>(total, from, own, l);
   TQ_NO_UNROLL
-  for (int block = 1;; ++block) {
-    if (KEPT) {
-      TQ_UNROLL
-      for (int j = 0; j < WORDS / 2; ++j) ways[(block - 1) * 32 + l * (WORDS / 2) + j] = from[j];
-    }
-    if (block == BLOCKS) break;
+  for (int block = 1; block < BLOCKS; ++block) {
     own = AHEAD ? ahead : tq_own_costs(costs, own_at);
     const int next = block + 1 < BLOCKS ? NEXT * 48 : 0;
     TQ_UNROLL
     for (int phase = 0; phase < 6; ++phase) own_at[phase] += next;
     if (AHEAD) ahead = tq_own_costs(costs, own_at);
     tq_block<TAPS, LANES, 0>(total, from, own, l);
+    if (KEPT) {
+      TQ_UNROLL
+      for (int j = 0; j < WORDS / 2; ++j) ways[(block - 1) * 32 + l * (WORDS / 2) + j] = from[j];
+    }
   }
 }
 
@@ -252,6 +247,7 @@ TQ_FN void tq_meet(thread uint (&state)[2], thread tq_totals<LANES>& total, cons
 // holds the same c's in the other order.
 template <int TAPS, int LANES, int D, int WARM>
 TQ_FN void tq_find_ways(thread uint (&seam)[2], thread uint (&middle)[2], threadgroup uint4* memory, bool backwards, int lane) {
+  static_assert(WARM % 6 == 0 && WARM <= D, "the walk to the seam takes whole blocks");
   typedef tq_ring<LANES, D> ring;
   constexpr int WORDS = 64 / LANES, REVERSED = tq_reversed_taps(TAPS);
   constexpr float FAR = 30000.0f;  // more than any way costs
@@ -261,7 +257,7 @@ TQ_FN void tq_find_ways(thread uint (&seam)[2], thread uint (&middle)[2], thread
   threadgroup uint* totals = (threadgroup uint*)(memory + ring::TOTALS) + pair * 128;
   threadgroup uint* own_totals = totals + (backwards ? 64 : 0) + l * WORDS;
   const threadgroup uint* others = totals + (backwards ? 0 : 64);
-  threadgroup uint* ways = (threadgroup uint*)(memory + ring::WAYS) + (2 * pair + backwards) * ring::BLOCKS * 32;
+  threadgroup uint* ways = (threadgroup uint*)(memory + ring::WAYS + (2 * pair + backwards) * ring::PAIR_WAYS);
 
   tq_totals<LANES> total;
   TQ_UNROLL
@@ -299,7 +295,7 @@ TQ_FN void tq_find_ways(thread uint (&seam)[2], thread uint (&middle)[2], thread
 template <int LANES, int D>
 TQ_FN void tq_trace(threadgroup uint4* memory, uint seam, uint middle, bool backwards, int pair, int v) {
   typedef tq_ring<LANES, D> ring;
-  const threadgroup uchar* way = (const threadgroup uchar*)(memory + ring::WAYS) + (2 * pair + backwards) * ring::BLOCKS * 128 + 2 * v;
+  const threadgroup uchar* way = (const threadgroup uchar*)(memory + ring::WAYS + (2 * pair + backwards) * ring::PAIR_WAYS) + 2 * v;
   threadgroup uchar* states = (threadgroup uchar*)(memory + ring::COSTS) + (2 * pair + v) * (2 * ring::BLOCKS + 1) + ring::BLOCKS;
   states[backwards ? ring::BLOCKS : -ring::BLOCKS] = uchar(backwards ? seam << ring::SKIPPED & 63u : seam >> ring::SKIPPED);
   uint state = backwards ? tq_backwards(middle) : middle;
@@ -307,7 +303,7 @@ TQ_FN void tq_trace(threadgroup uint4* memory, uint seam, uint middle, bool back
   for (int back = 0; back < ring::BLOCKS; ++back) {
     if (backwards && back > 0) states[back] = uchar(tq_backwards(state));
     if (!backwards) states[-back] = uchar(state);
-    state = way[(ring::BLOCKS - 1 - back) * 128 + (state >> 1) * 4 + (state & 1u)];
+    if (back < ring::BLOCKS - 1) state = way[(ring::BLOCKS - 2 - back) * 128 + (state >> 1) * 4 + (state & 1u)];
   }
 }
 
@@ -320,7 +316,7 @@ TQ_FN void tq_store_trellis(device uchar* planes, const threadgroup uint4* memor
   const threadgroup ushort* x = (const threadgroup ushort*)memory;
   const threadgroup uint* level = (const threadgroup uint*)levels;
   TQ_NO_UNROLL
-  for (int first = 0; first < ITEMS * PARTS; first += 64) {
+  for (int first = 0; first < ITEMS * PARTS; first += ring::THREADS) {
     const int i = first + index;
     const int part = i % PARTS, byte = i / PARTS % BYTES, vector = i / PARTS / BYTES;
     const bool live = vector < min(vectors, 2 * int(ring::PAIRS));
@@ -374,7 +370,7 @@ TQ_FN void tq_encode_trellis(device uchar* planes, threadgroup uint4* memory, co
   threadgroup_barrier(mem_flags::mem_threadgroup);
   uint seam[2], middle[2];
   tq_find_ways<TAPS, LANES, D, WARM>(seam, middle, memory, backwards, lane);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // States take the place of costs, which both SIMD-groups have done with since they met.
   if (l < 2) tq_trace<LANES, D>(memory, l == 0 ? seam[0] : seam[1], l == 0 ? middle[0] : middle[1], backwards, lane / LANES, l);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   tq_store_trellis<TAPS, BITS, LANES, D, ROW>(planes, memory, levels, vectors, index);

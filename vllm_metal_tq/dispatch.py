@@ -35,7 +35,7 @@ COMPILED = 1024  # functions kept: with centres each layer has its own
 def executor(layout: PageLayout) -> Executor | None:
     """What runs the kernels for this layout, or None where the reference serves.
 
-    Beyond ``decode_kernel.MAX_DIM`` these are encode and gather: ``attend_last`` asks again.
+    Beyond ``decode_kernel.MAX_DIM`` these are encode and gather; ``attend_last`` then declines.
     """
     if mx.default_device() != mx.gpu or layout.dim > encode_kernel.MAX_DIM:
         return None

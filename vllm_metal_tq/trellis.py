@@ -6,7 +6,7 @@ choose one of eight sets of levels, and u a level of the set. A vector is a ring
 element comes its last (tail-biting), so that nothing but the codes is stored.
 
 The parities of a plane of bits are exclusive ors of the plane, shifted. They and u are the planes
-of an ordinary code, of two more bits: a kernel needs neither a table nor a state.
+of an ordinary code, of two more bits: a decoder needs neither a table nor a state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEMORY = 6  # c's before an element that its level depends on
 STATES = 1 << MEMORY
 PARITIES = 3
 SETS = 1 << PARITIES
-WARM = 30  # elements on either side of the seam from which its state is guessed
+WARM = 30  # elements on either side of the seam from which its state is guessed; kernels take sixes
 SLICE = 512  # vectors coded at a time: what is made of them stays in the processor's cache
 
 MASKS = {T2: (20, 34, 117), T3: (28, 54, 73)}

@@ -65,7 +65,9 @@ def compiles(tmp_path):
 def test_encode(centred, head_dim, widths, compiles):
     x = mx.zeros((2, 5, head_dim), mx.bfloat16)
     centre = centres.random(2, head_dim) if centred else None
-    encode(x, x, PageLayout(TurboQuantConfig(*widths), head_dim), compiles, centre=centre)
+    page = PageLayout(TurboQuantConfig(*widths), head_dim)
+    for many in (False, True):
+        encode(x, x, page, compiles, centre=centre, many=many)
 
 
 @pytest.mark.parametrize("variant", ["fma", "mma"])

@@ -89,12 +89,11 @@ def test_lengths_from_small_to_large(size, execute):
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
-def test_rows_do_not_depend_on_how_many_lanes_share_a_vector(head_dim, execute, monkeypatch):
+def test_rows_do_not_depend_on_how_many_lanes_share_a_vector(head_dim, execute):
     page = layout(4, 4, head_dim)
     keys, values = normal(2, 1, 150, head_dim)
-    few = encode(keys, values, page, execute)
-    monkeypatch.setattr("vllm_metal_tq.kernels.encode.MANY", 1)
-    assert mx.array_equal(few, encode(keys, values, page, execute))
+    few, many = (encode(keys, values, page, execute, many=x) for x in (False, True))
+    assert mx.array_equal(few, many)
 
 
 @pytest.mark.parametrize("head_dim", [8, 64])

@@ -14,13 +14,14 @@ from vllm_metal_tq.layout import PageLayout
 LAYOUT = PageLayout(TurboQuantConfig(4, 4), 128)  # doctor's, so that its kernels are built once
 TRELLIS = PageLayout(TurboQuantConfig(T3, T2), 64)
 ALL = [
-    ("encode", None),
+    ("encode", "few"),
+    ("encode", "many"),
     ("gather", None),
     ("decode", "mma"),
     ("decode", "fma"),
     ("merge", "tail, sinks"),
 ]
-CENTRED = [(name, f"{variant}, centre") for name, variant in ALL[2:]]
+CENTRED = [(name, f"{variant}, centre") for name, variant in ALL[3:]]
 
 needs_simulator = pytest.mark.skipif(
     not msl.can_simulate(), reason=str(msl.compiler.why_not_simulate())
@@ -106,11 +107,11 @@ def test_a_centred_token_without_its_mean_is_noticed():
 @pytest.mark.parametrize(
     ("kernel", "change", "wrong"),
     [
-        ("encode", worse_scales, {("encode", None)}),
+        ("encode", worse_scales, set(ALL[:2])),
         ("gather", lambda keys: keys * 1.0001, {("gather", None)}),
-        ("decode_mma", lambda partial: partial[:, :1], {("decode", "mma"), ("merge", ALL[4][1])}),
+        ("decode_mma", lambda partial: partial[:, :1], {("decode", "mma"), ("merge", ALL[5][1])}),
         ("decode_fma", lambda partial: partial * 1.01, {("decode", "fma")}),
-        ("merge", lambda attended: attended * 1.001, set(ALL[2:])),
+        ("merge", lambda attended: attended * 1.001, set(ALL[3:])),
     ],
 )
 def test_a_wrong_kernel_is_named(kernel, change, wrong):

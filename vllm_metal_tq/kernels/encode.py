@@ -44,6 +44,7 @@ def encode(
     start: mx.array | None = None,
     centre: Centre | None = None,
     uncentred: int = 0,
+    many: bool | None = None,
 ) -> mx.array:
     """Compress tokens of one sequence, ``(num_kv_heads, L, head_dim)``: ``store`` without a tail.
 
@@ -59,6 +60,7 @@ def encode(
         starts=None if start is None else start[None],
         centre=centre,
         uncentred=uncentred,
+        many=many,
         execute=execute,
     )
     return rows[0]
@@ -73,6 +75,7 @@ def store(
     starts: mx.array | None = None,
     centre: Centre | None = None,
     uncentred: int = 0,
+    many: bool | None = None,
     execute: Executor = on_gpu,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Compress the keys and values of new tokens, and put the last of them into the tails.
@@ -91,6 +94,8 @@ def store(
             None is zeros.
         centre: calibration of the layer, or None.
         uncentred: how many tokens of each sequence, the first ones, get no flag f.
+        many: whether work is shared out as for vectors that keep a GPU busy; None: if they do.
+            Rows are the same.
         execute: what runs the launch.
 
     Returns:
@@ -104,7 +109,7 @@ def store(
     batch, heads, length, head_dim = keys.shape
     dim, count = layout.dim, batch * heads * length
     trellis = not {layout.config.k_width, layout.config.v_width}.isdisjoint(TRELLIS_WIDTHS)
-    share, lanes, simdgroups = _split(dim, count, trellis)
+    share, lanes, simdgroups = _split(dim, count >= MANY if many is None else many, trellis)
     at_once = simdgroups * (32 // lanes if trellis else 32 * share // dim)
     wide = head_dim * keys.dtype.size % 16 == 0  # 16 bytes are copied at a time
     words = batch * heads * TAIL * (head_dim * keys.dtype.size // 16 if wide else head_dim)
@@ -167,7 +172,7 @@ def _constants(layout: PageLayout) -> dict[str, int]:
     }
 
 
-def _split(dim: int, count: int, trellis: bool) -> tuple[int, int, int]:
+def _split(dim: int, many: bool, trellis: bool) -> tuple[int, int, int]:
     """How work is shared out; rows are the same bit by bit in any case.
 
     Returns:
@@ -175,11 +180,10 @@ def _split(dim: int, count: int, trellis: bool) -> tuple[int, int, int]:
         vectors in either direction, and SIMD-groups of a threadgroup. Many elements or few lanes
         take fewer instructions and more time.
     """
-    many = count >= MANY
     share = hadamard_factor(dim)
     if share == 1:
         share = 32 if many and not trellis else 16
-    lanes = next((n for most, n in PAIR_LANES.items() if many and dim <= most), 32)
+    lanes = next((n for most, n in PAIR_LANES.items() if trellis and many and dim <= most), 32)
     return share, lanes, 2 if trellis else SIMDGROUPS
 
 

@@ -78,7 +78,8 @@ def check(
     """
     case = _Case(layout, dtype)
     todo: list[Callable[[], Check]] = [
-        partial(_check, "encode", None, ENCODE_BOUND, lambda: case.encode_error(execute)),
+        partial(_check, "encode", "few", ENCODE_BOUND, partial(case.encode_error, execute, False)),
+        partial(_check, "encode", "many", ENCODE_BOUND, partial(case.encode_error, execute, True)),
         partial(_check, "gather", None, 2 * ROUNDING[dtype], lambda: case.gather_error(execute)),
         *_attention_checks(case, execute, variants, ""),
     ]
@@ -164,12 +165,12 @@ class _Case:
             self.pages = _pages(rows, layout, blocks)
             mx.eval(self.decoded, self.pages, self.queries, self.tail, self.sinks, self.table)
 
-    def encode_error(self, execute: Executor) -> float:
+    def encode_error(self, execute: Executor, many: bool) -> float:
         """How the square error of decoded keys or values differs from the oracle's, relatively.
 
         Two codes or two steps may be equally good but for rounding, so bytes are not compared.
         """
-        rows = encode(self.keys, self.values, self.layout, execute)
+        rows = encode(self.keys, self.values, self.layout, execute, many=many)
         mx.eval(rows)
         with mx.stream(mx.cpu):
             given = [rotate(x) for x in (self.keys, self.values)]
