@@ -1,13 +1,14 @@
-"""KL against bits of all schemes: the points that ``benchmarks/pareto.py`` measured."""
+"""KL against bits of all schemes, those of ``benchmarks/pareto.py`` and more pairs of ours."""
 
 import json
+import re
 
 from style import BLUE, HERE, INK, pyplot, save
 
 from vllm_metal_tq.config import PRESETS
 
 OURS = "vllm-metal-tq"
-PLAIN = ("q2_0/q2_0", "q3_0/q3_0")  # what trellis codes are compared with
+TRELLIS = re.compile(r"\btq?[23]\b")
 COLOURS = ["#e08a1e", "#2fa36b", "#d6504e", "#9467bd", "#17a2b8", "#b08968", "#e377c2"]
 
 
@@ -37,16 +38,16 @@ def draw(folder=HERE):
         line = {"color": colour, "linewidth": 2.5 if family == OURS else 1, "zorder": front}
         ax.plot([p["bits"] for p in best], [p["kl"] for p in best], **line)
         dots = {"color": colour, "s": 30 if family == OURS else 12, "zorder": front}
-        ax.scatter([p["bits"] for p in members], [p["kl"] for p in members], label=family, **dots)
+        coded = [point for point in members if TRELLIS.search(point["name"])]
+        plain = [point for point in members if point not in coded]
+        ax.scatter([p["bits"] for p in plain], [p["kl"] for p in plain], label=family, **dots)
+        if coded:
+            dots |= {"marker": "D", "s": 16, "label": f"{family}, with trellis codes"}
+            ax.scatter([p["bits"] for p in coded], [p["kl"] for p in coded], **dots)
     for point in points():
         if point["family"] == OURS and point["name"] in PRESETS:
-            place = {"xytext": (-5, -11), "ha": "right"}
-        elif point["name"] in PLAIN:
-            place = {"xytext": (7, -3), "ha": "left"}
-        else:
-            continue
-        place |= {"textcoords": "offset points", "color": INK}
-        ax.annotate(point["name"], (point["bits"], point["kl"]), **place)
+            place = {"xytext": (-5, -11), "textcoords": "offset points", "ha": "right"}
+            ax.annotate(point["name"], (point["bits"], point["kl"]), color=INK, **place)
     ax.set(yscale="log", xlabel="bits of an element of K or V, everything included")
     ax.set_ylabel("mean KL divergence, nats")
     ax.grid(alpha=0.3)
