@@ -159,16 +159,20 @@ TQ_FN void tq_step(thread tq_totals<LANES>& total, thread uint (&from)[32 / LANE
   for (int j = 0; j < WORDS / 2; ++j) from[j] = moved[j];
 }
 
-// A block of elements, without the FIRST ones.
+// A block of elements, without the FIRST ones: 0, 2 or 4.
 template <int TAPS, int LANES, int FIRST>
 TQ_FN void tq_block(thread tq_totals<LANES>& total, thread uint (&from)[32 / LANES], const thread tq_costs& own, int l) {
   TQ_UNROLL
   for (int j = 0; j < 32 / LANES; ++j) from[j] = uint(l * (64 / LANES) + 2 * j) * 0x01010101u + 0x01000100u;
-  if (FIRST < 1) tq_step<TAPS, LANES, 0>(total, from, own);
-  if (FIRST < 2) tq_step<TAPS, LANES, 1>(total, from, own);
-  if (FIRST < 3) tq_step<TAPS, LANES, 2>(total, from, own);
-  if (FIRST < 4) tq_step<TAPS, LANES, 3>(total, from, own);
-  if (FIRST < 5) tq_step<TAPS, LANES, 4>(total, from, own);
+  if (FIRST == 0) {
+    tq_step<TAPS, LANES, 0>(total, from, own);
+    tq_step<TAPS, LANES, 1>(total, from, own);
+  }
+  if (FIRST < 4) {
+    tq_step<TAPS, LANES, 2>(total, from, own);
+    tq_step<TAPS, LANES, 3>(total, from, own);
+  }
+  tq_step<TAPS, LANES, 4>(total, from, own);
   tq_step<TAPS, LANES, 5>(total, from, own);
 }
 
@@ -184,13 +188,13 @@ TQ_FN void tq_walk(thread tq_totals<LANES>& total, const threadgroup uint* costs
   int own_at[6];
   TQ_UNROLL
   for (int phase = 0; phase < 6; ++phase) {
-    const int element = start + NEXT * (phase < SKIPPED ? 0 : phase - SKIPPED);
+    const int element = start + NEXT * max(phase - SKIPPED, 0);
     own_at[phase] = at + 8 * element + tq_own_set(TAPS, l * WORDS, phase);
   }
   uint from[WORDS / 2];
   tq_costs own = tq_own_costs(costs, own_at);
   TQ_UNROLL
-  for (int phase = 0; phase < 6; ++phase) own_at[phase] += NEXT * 8 * (phase < SKIPPED ? 6 - SKIPPED + phase : 6);
+  for (int phase = 0; phase < 6; ++phase) own_at[phase] += NEXT * 8 * (6 - max(SKIPPED - phase, 0));
   tq_costs ahead = AHEAD ? tq_own_costs(costs, own_at) : own;
   tq_block<TAPS, LANES, SKIPPED>(total, from, own, l);
   TQ_NO_UNROLL

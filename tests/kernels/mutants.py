@@ -108,7 +108,9 @@ def _mutant(file: str, source: str, match: re.Match, new: str, seen: Counter) ->
 _EQUIVALENT = """
 = how many lanes share the work is free: lanes without any have queries of zero or are not stored
 decode_fma.metal: constexpr int KE = D < 64 ? 8 : 16;
-viterbi.h: constexpr int PARTS = PAIRS >= 2 ? 1 : 2;
+viterbi.h: constexpr int PARTS = ITEMS >= 32 ? 1 : ITEMS > 16 ? 2 : ITEMS > 8 ? 4 : 8;
+viterbi.h: constexpr int PARTS = ITEMS > 32 ? 1 : ITEMS >= 16 ? 2 : ITEMS > 8 ? 4 : 8;
+viterbi.h: constexpr int PARTS = ITEMS > 32 ? 1 : ITEMS > 16 ? 2 : ITEMS >= 8 ? 4 : 8;
 decode_fma.metal: constexpr int VQ = VROWS * VSPLIT < 8 ? 4 : VROWS * VSPLIT <= 16 ? 2 : 1;
 decode_fma.metal: constexpr int VQ = VROWS * VSPLIT <= 8 ? 4 : VROWS * VSPLIT < 16 ? 2 : 1;
 = there is no tail, so the loop over its tokens is not entered
@@ -160,8 +162,8 @@ decode_mma.metal: const int column = first_column + min(n, columns - 0);
 decode_fma.metal: const int query_row = (first_column + min(2 * h + odd, columns - 0)) / G;
 decode_mma.metal: const int row0 = (first_column + min(n0, columns - 0)) / G;
 decode_mma.metal: const int row1 = (first_column + min(n1, columns - 0)) / G;
-= the condition around it, or in front of it, is the stricter one
-viterbi.h: for (int some = 0; some <= PAIRS * 6; some += 32 / PARTS) {
+= a condition around it, in front of it or inside is the stricter one
+viterbi.h: for (int first = 0; first <= ITEMS * PARTS; first += ring::THREADS) {
 decode_fma.metal: q[n][c][e] = TQ_QUERY(d < D ? shared[n * D + (d <= D ? d : 0)] : 0.0f);
 decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 0 < N ? 2 * h + 1 : 0][e] *= odd ? r : other;
 decode_fma.metal: if (2 * h + 1 < N) acc[2 * h + 1 <= N ? 2 * h + 1 : 0][e] *= odd ? r : other;
@@ -179,13 +181,8 @@ viterbi.h: for (int j = 0; j <= 3; ++j) {
 viterbi.h: for (int i = 0; i <= 21; ++i) reversed |= (taps >> i & 1) << (i / 7 * 7 + 6 - i % 7);
 = places are numbers of six bits
 viterbi.h: for (int q = 0; q <= 6; ++q) {
-= 0, 2 or 4 elements are skipped
-viterbi.h: if (first <= 1) tq_step<TAPS, LANES, 0>(total, from, even);
-viterbi.h: if (first <= 3) tq_step<TAPS, LANES, 2>(total, from, even);
-viterbi.h: if (first <= 5) tq_step<TAPS, LANES, 4>(total, from, even);
-= a state is no less than itself
-viterbi.h: if (i == 0 || cost < least || (cost == least && here <= best)) least = cost, best = here;
-viterbi.h: if (cost < least || (cost == least && there <= best)) least = cost, best = there;
+= what is loaded last is not used
+viterbi.h: if (back <= ring::BLOCKS - 1) state = way[(ring::BLOCKS - 2 - back) * 128 + (state >> 1) * 4 + (state & 1u)];
 = not seen, though out of bounds: clang moves the load into the loop, which is then not entered
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 0, 0)) / NSB];
 decode_fma.metal: int block = block_table[seq * shape[4] + min(sub0, max(sub1 - 1, -1)) / NSB];
@@ -231,8 +228,7 @@ decode_mma.metal: if (SPARSE && !simd_any(max(max(w.x, w.y), max(w.z, w.w)) > nu
 decode_mma.metal: const float room = largest <= 1024.0f ? 6.0f : 0.0f;
 = a minimum of two that are equal
 attention.h: for (int k = 1; k < (P <= 32 ? P : 32); k *= 2) {
-= a byte or an element more, whose bits lie above those that are used
-viterbi.h: for (int e = 0; e <= 8; ++e) {
+= a byte more, whose bits lie above those that are used
 gather.h: for (int i = 0; i <= HIGH; ++i) b |= uint(page[high[d / 8 * HIGH + i]]) << (8 * i);
 = a field may lie in either place, as long as tq_pair and tq_key_offset agree
 decode.h: return field % (HIGH == 0 && LOW < 2 ? 10 / LOW : 8 / LOW) * LOW;

@@ -34,7 +34,7 @@ from vllm_metal_tq.kernels.encode import encode, store
 from vllm_metal_tq.kernels.gather import gather
 from vllm_metal_tq.layout import PageLayout
 from vllm_metal_tq.msl import simulate as simulation
-from vllm_metal_tq.rotation import rotate
+from vllm_metal_tq.rotation import rotate, unrotate
 from vllm_metal_tq.tail import TAIL, pushed, sources
 
 needs_simulator = pytest.mark.skipif(
@@ -122,7 +122,8 @@ def _square_errors(rows, page, keys, values):
 def encodes_alike(widths, head_dim):
     """How many lanes share a vector changes no row, where many ways cost the same either."""
     page = PageLayout(TurboQuantConfig(*widths), head_dim)
-    x = mx.concatenate([mx.eye(head_dim)[:11], mx.zeros((1, head_dim))])[None]  # rotated: flat
+    y = mx.concatenate([mx.eye(head_dim)[:11], mx.zeros((1, head_dim))])  # of one element, or none
+    x = unrotate(y, head_dim)[None]
     few = encode(x, x, page, run)
     with mock.patch.object(encode_kernel, "MANY", 1):
         return mx.array_equal(few, encode(x, x, page, run)).item()
@@ -257,7 +258,8 @@ CENTRED = [
 ]
 CODED_ENCODES = [
     (encodes, (T3, T2), dict(head_dim=64, same=0.9)),
-    (encodes_alike, (T2, T3), dict(head_dim=64)),
+    (encodes_alike, (T2, T3), dict(head_dim=64)),  # 8 lanes a pair and 32
+    (encodes_alike, (T2, T2), dict(head_dim=128)),  # 16 and 32
     (encodes, (T3, T3), dict(head_dim=32, same=0.9)),
     (encodes, (T2, 3), dict(head_dim=96, same=0.9)),
     (encodes_what_it_cannot, dict(widths=(T2, T3))),
