@@ -28,7 +28,14 @@ TQ_FN uint simd_shuffle_xor(uint x, ushort mask) { return __shfl_xor_sync(0xffff
 TQ_FN half2 simd_shuffle_xor(half2 x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 TQ_FN float simd_shuffle(float x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
 TQ_FN uint simd_shuffle(uint x, ushort lane) { return __shfl_sync(0xffffffffu, x, lane); }
-TQ_FN uint simd_min(uint x) { return __reduce_min_sync(0xffffffffu, x); }
+TQ_FN uint simd_min(uint x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_min_sync(0xffffffffu, x);
+#else
+  for (int k = 16; k > 0; k /= 2) x = min(x, simd_shuffle_xor(x, ushort(k)));
+  return x;
+#endif
+}
 TQ_FN bool simd_any(bool p) { return __any_sync(0xffffffffu, p); }
 
 namespace fast {
